@@ -1,0 +1,479 @@
+"""From a config to the functions and frozen dataclasses that do the work. The only file that knows ConfigDict.
+
+A config has `name`, `seed`, `mesh`, `model`, `tokenizer` and either one `stage` or several `stages` in `order`.
+Defaults are read off the signatures they belong to, so a field is written down once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, config_dict
+
+from jaxalign import shard, tree
+from jaxalign.data import sources
+from jaxalign.data import tokenizers as toks
+from jaxalign.data.rows import read
+from jaxalign.data.templates import TEMPLATES, Template, stop_ids
+from jaxalign.models import decoder, gpt2, heads
+from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.ops import nn
+from jaxalign.rl import experience, rewards
+from jaxalign.rl.control import KL
+from jaxalign.rl.reference import WithReference
+from jaxalign.rl.rollout import Sampling
+from jaxalign.train import checkpoint, optim, run, state, step
+from jaxalign.train.log import RunLog, TensorBoard
+from jaxalign.types import Model, Objective, Source, Tree, UserError
+
+# name -> (maker, what its batches are). A config may name any other maker by import path, "package.module:function".
+OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
+    "lm": (lm.lm, "tokens"),
+    "reward": (reward.rankings, "rankings"),
+    "reward_pairs": (reward.pairs, "pairs"),
+    "dpo": (preference.dpo, "pairs"),
+    "cdpo": (preference.cdpo, "pairs"),
+    "ipo": (preference.ipo, "pairs"),
+    "hinge": (preference.hinge, "pairs"),
+    "ppo": (ppo.ppo, "prompts"),
+}
+FAMILIES = {"decoder": decoder, "gpt2": gpt2}
+SCALAR = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
+REFERRED = ("dpo", "cdpo", "ipo", "hinge")  # read a reference's log-probs
+
+# Dense bf16 FLOP/s of one device, from the makers' data sheets; f32 runs report FLOP/s only.
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
+
+
+# -- configs --------------------------------------------------------------------------------------------------------
+
+
+def _field(default: Any, annotation: Any) -> Any:
+    """A ConfigDict value: None becomes a typed placeholder, so that the command line may set it."""
+    if default is not None:
+        return default
+    kinds = [t for t in typing.get_args(annotation) if t is not types.NoneType]
+    return config_dict.placeholder(kinds[0] if kinds else str)
+
+
+def fields(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Defaults of a dataclass, or of a function's keyword-only arguments."""
+    hints = typing.get_type_hints(thing)
+    if dataclasses.is_dataclass(thing):
+        pairs = [(f.name, f.default) for f in dataclasses.fields(thing) if f.default is not dataclasses.MISSING]
+    else:
+        pairs = [(p.name, p.default) for p in inspect.signature(thing).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    return {k: _field(v, hints.get(k)) for k, v in pairs if k not in skip}
+
+
+def base(name: str, **model: Any) -> ConfigDict:
+    """What every config shares. `model`: a family and the fields of its Config, or path=DIRECTORY of a checkpoint."""
+    family = model.pop("family", "decoder")
+    if family not in FAMILIES:
+        raise UserError(f"model.family {family!r} is unknown; the families are {', '.join(FAMILIES)}")
+    shape = {f.name: 0 for f in dataclasses.fields(FAMILIES[family].Config) if f.default is dataclasses.MISSING}
+    return ConfigDict(
+        {
+            "name": name,
+            "seed": 0,
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1},
+            "rules": (),  # (logical axis, mesh axis) pairs that replace those of shard.RULES
+            "model": {"family": family, "path": "", **shape, **fields(FAMILIES[family].Config), **model},
+            "tokenizer": {"path": "", "train_on": "", "kind": "unigram", "template": "plain"},
+            "tensorboard": False,
+        }
+    )
+
+
+def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
+    """One training run. `sections` fill objective, data, train, optim and (for ppo) rl; unknown keys are refused.
+
+    `init` names where the weights come from: "" (drawn), another stage, a run directory or an HF directory.
+    """
+    maker, kind = OBJECTIVES[objective] if objective in OBJECTIVES else (imported(objective), sections.get("data", {}).get("kind", "tokens"))
+    c = {
+        "init": "",
+        "objective": {"name": objective, **fields(maker)},
+        "data": {
+            "kind": kind,
+            "path": "",
+            "eval_path": "",
+            "batch_size": 8,
+            "accumulate": 1,
+            "format": config_dict.placeholder(str),
+            "on_bad_row": "error",
+            **({"seq_len": 256, "packing": "bfd", "too_long": "truncate"} if kind == "tokens" else {"max_prompt_len": config_dict.placeholder(int)}),
+            **({"max_len": config_dict.placeholder(int)} if kind in ("pairs", "rankings") else {}),
+            **({"max_k": config_dict.placeholder(int)} if kind == "rankings" else {}),
+        },
+        "train": {**fields(run.Loop), "steps": 100},
+        "optim": fields(optim.Optim),
+    }
+    if objective in REFERRED:
+        c["reference"] = ""  # "": the stage's own init
+    if kind == "prompts":
+        c["rl"] = {
+            "reward": "",  # a reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float
+            "reference": "",  # "": the stage's own init
+            "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
+            "epochs": 4,
+            "minibatches": 1,
+            **fields(KL),
+            **{k: v for k, v in fields(experience.make_experience).items() if k != "temperature"},
+            "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
+        }
+        c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
+    c = ConfigDict(c).lock()
+    for name, values in sections.items():
+        if isinstance(values, dict):
+            c[name].update(_known(c[name], values, name))
+        else:
+            c.update(_known(c, {name: values}, "stage"))
+    return c
+
+
+def _known(c: ConfigDict, values: dict, where: str) -> dict:
+    for k in values:
+        if k not in c:
+            raise UserError(f"{where}.{k} is unknown;{nearest(k, list(c))}")
+    return values
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """' did you mean ...? The keys are ...' for error messages."""
+    import difflib
+
+    close = difflib.get_close_matches(key, known, 1)
+    return (f" did you mean {close[0]!r}?" if close else "") + f" The keys are {', '.join(sorted(known))}"
+
+
+def imported(path: str) -> Any:
+    """The thing that "package.module:name" names."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"cannot import {path!r}: {e}; write it as package.module:name") from None
+
+
+def check_finite(c: ConfigDict, where: str = "config") -> None:
+    """A locked ConfigDict takes NaN and infinity without a word; we do not."""
+    for k in c.keys():
+        v = c.get_oneway_ref(k).get() if False else c.get(k)
+        if isinstance(v, ConfigDict):
+            check_finite(v, f"{where}.{k}")
+        elif isinstance(v, float) and not math.isfinite(v):
+            raise UserError(f"{where}.{k} must be finite, got {v}")
+
+
+def _plain(c: Any) -> Any:
+    return {k: _plain(c.get(k)) for k in c.keys()} if isinstance(c, ConfigDict) else tuple(map(_plain, c)) if isinstance(c, (list, tuple)) else c
+
+
+def stages(config: ConfigDict) -> dict[str, ConfigDict]:
+    """{name: stage} in order: those of a pipeline, or the one of a train config."""
+    return {n: config.stages[n] for n in config.order} if "stages" in config else {config.get("stage_name", config.name): config.stage}
+
+
+# -- the parts ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What all stages of a config share."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    rules: dict
+    tokenizer: toks.Tokenizer
+    template: Template
+    model: Model
+
+    def find(self, path: str) -> str:
+        """A path or a stage's name, looked for in the run's own directory first."""
+        inside = self.workdir / path
+        return str(inside if inside.exists() else path)
+
+    def shard_of(self, batch: int) -> tuple[int, int]:
+        return shard.local_rows(self.mesh, batch)
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode([int(i) for i in ids if i not in (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)])
+
+
+def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
+    """Mesh, tokenizer and model. Trains the tokenizer if the config says on what and it is not there yet."""
+    check_finite(config)
+    if config.tokenizer.template not in TEMPLATES:
+        raise UserError(f"tokenizer.template {config.tokenizer.template!r} is unknown;{nearest(config.tokenizer.template, list(TEMPLATES))}")
+    template = TEMPLATES[config.tokenizer.template]
+    mesh = shard.make_mesh({k: int(v) for k, v in config.mesh.items()})
+    tokenizer = _tokenizer(config, Path(workdir), template)
+    rules = dict(config.rules)
+    return World(config, Path(workdir), mesh, rules, tokenizer, template, _model(config.model, tokenizer))
+
+
+def _tokenizer(config: ConfigDict, workdir: Path, template: Template) -> toks.Tokenizer:
+    c = config.tokenizer
+    if c.path:
+        inside = workdir / c.path
+        return toks.load(str(inside) if inside.exists() else c.path)
+    own = workdir / "tokenizer" / "tokenizer.model"
+    if own.exists():
+        return toks.load(str(own))
+    if c.train_on:
+        inside = workdir / c.train_on
+        rows = read(str(inside) if inside.exists() else c.train_on)
+        texts = (str(r["text"]) if isinstance(r, dict) else str(r) for r, _ in rows)
+        if jax.process_index() == 0:
+            temp = own.with_suffix(f".{os.getpid()}.tmp")
+            toks.train_sentencepiece(texts, str(temp), config.model.vocab, c.kind, specials=template.specials)
+            os.replace(temp, own)
+        _barrier("tokenizer")
+        return toks.load(str(own))
+    if config.model.path:
+        return toks.load(config.model.path)
+    raise UserError("the config names no tokenizer: set tokenizer.path (a directory, a .model file or 'bytes') or tokenizer.train_on (a file of text)")
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
+    if c.path:
+        from jaxalign.models import hf
+
+        model = hf.read_config(c.path, dtype=c.dtype)
+    else:
+        shape = {k: v for k, v in _plain(c).items() if k not in ("family", "path")}
+        shape["vocab"] = shape["vocab"] or tokenizer.vocab_size
+        for k in ("vocab", "dim", "layers", "heads"):
+            if not (isinstance(shape[k], int) and shape[k] > 0):
+                raise UserError(f"model.{k} must be a positive whole number, got {shape[k]!r}")
+        model = FAMILIES[c.family].model(**shape)
+    if model.config.vocab < tokenizer.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only {model.config.vocab} embedding rows; set model.vocab to at least that")
+    return model
+
+
+def load_params(w: World, where: str, specs: Tree, what: str) -> Tree:
+    """Weights of a stage, a run directory or an HF directory, into their shards."""
+    path = w.find(where)
+    target = shard.abstract(specs, w.mesh, w.rules)
+    if os.path.isdir(os.path.join(path, "params")):
+        return checkpoint.load_tree(os.path.join(path, "params"), target)[0]
+    if os.path.exists(os.path.join(path, "model.safetensors")) or os.path.exists(os.path.join(path, "model.safetensors.index.json")):
+        from jaxalign.models import hf
+
+        return hf.load(path, mesh=w.mesh, rules=w.rules)[1]
+    raise UserError(f"{what}: {where!r} is neither a finished stage of {w.workdir}, nor a run directory with params/, nor an HF directory with model.safetensors")
+
+
+def _data(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
+    """A source over `path` as the data section says."""
+    make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "prompts": sources.prompts_source}
+    kind = kind or c.kind
+    if not path:
+        raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
+    paths = [w.find(p) for p in path.split(",")]
+    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "format") if k in c and k not in more}
+    rows = read(paths, on_bad_row=c.get("on_bad_row", "error"), quarantine=str(w.workdir / "quarantine.jsonl") if c.get("on_bad_row") == "skip" else None)
+    return make[kind](
+        rows, w.tokenizer, batch_size=batch, seed=seed, template=w.template, shuffle=shuffle, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, **options, **more
+    )  # fmt: skip
+
+
+def sampling(w: World, c: ConfigDict, **over) -> Sampling:
+    return Sampling(**{**_plain(c), **over}, stop=stop_ids(w.tokenizer, w.template), pad=w.tokenizer.pad_id)
+
+
+def prompt_rows(w: World, rows, batch: int) -> sources.Offline:
+    """Prompts (records, or `read(path)`) in their own order, for sampling and evaluation."""
+    return sources.prompts_source(
+        rows, w.tokenizer, batch_size=batch, seed=0, template=w.template, shuffle=False, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, max_prompt_len=None
+    )  # fmt: skip
+
+
+def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
+    """state -> the objective's own metrics over a held-out source, every example once."""
+
+    @jax.jit
+    def sums(params, frozen, aux, batch, key):
+        full = tree.merge(params, frozen["base"]) if "base" in frozen else params
+        stats = {k: step.mean(*v) for k, v in objective.stats(full, frozen, aux, batch).items()} if objective.stats else {}
+        out = objective.loss(full, frozen, aux, batch, key, stats)
+        return {**out.metrics, **{f"loss/{k}": (t.total, t.weight) for k, t in out.terms.items()}}
+
+    def evaluate(s: state.TrainState, counts: bool = False) -> dict[str, float]:
+        total: dict[str, np.ndarray] = {}
+        for batch in sources.eval_batches(source):
+            out = sums(s.params, frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
+            for k, v in jax.device_get(out).items():
+                total[k] = total.get(k, 0.0) + np.array(v, np.float64)
+        tokens = {"tokens": float(total["nll"][1])} if counts else {}
+        return {k: float(t / n) if n > 0 else 0.0 for k, (t, n) in total.items()} | tokens
+
+    return evaluate
+
+
+def peak_flops() -> float | None:
+    kind = jax.devices()[0].device_kind
+    return next((v * jax.device_count() for k, v in PEAK.items() if k in kind), None)
+
+
+# -- one stage ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stage ready to run: `go()` trains it (or goes on with it) and writes STAGE/params. `specs` are of what is saved."""
+
+    world: World
+    name: str
+    workdir: Path
+    config: ConfigDict
+    model: Any  # what is trained: a Model, or heads.Scalar
+    objective: Objective
+    source: Source
+    params: Tree
+    frozen: dict
+    base: Tree | None
+    evaluate: Callable | None
+    tx: Any
+    schedule: Callable
+
+    def go(self) -> Tree:
+        """Train to the end; returns (and saves) the weights that later stages start from."""
+        w, c = self.world, self.config
+        log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard else ())
+        with log:
+            points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
+            log.snapshot({**_plain(w.config), "stage": self.name})
+            if points.latest() is None:
+                log.truncate({})
+            st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh)
+            fn = step.make_step(
+                self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
+                shardings=jax.tree.map(lambda x: x.sharding, st),
+            )  # fmt: skip
+            length = c.data.get("seq_len") or 0
+            st = run.train(
+                st, fn, self.source, self.frozen, run.Loop(**_plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
+                flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") else None,
+                peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, fingerprint=_fingerprint(w.config, c),
+            )  # fmt: skip
+            params = tree.merge(st.params, self.base) if self.base is not None else st.params
+            return params["policy"] if c.objective.name == "ppo" else params
+
+    def reference_scores(self, params: Tree) -> np.ndarray:
+        """f32[N]: a reward model's scores of all candidates it was trained on."""
+        from jaxalign.evals import policy
+
+        source = _data(self.world, self.config.data, self.config.data.path, self.config.data.batch_size, 0, shuffle=False)
+        return np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, self.world.mesh)])
+
+    def save(self, params: Tree) -> None:
+        checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
+
+
+def _fingerprint(config: ConfigDict, c: ConfigDict) -> str:
+    """Of everything that shapes training; not of how often it is saved, logged or on which mesh it runs."""
+    plain = _plain(c)
+    plain["train"] = {"steps": c.train.steps}
+    return hashlib.sha256(json.dumps([plain, _plain(config.model), config.seed], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
+    """Everything read, checked and loaded; nothing trained."""
+    kind, seed, batch = c.objective.name, w.config.seed, c.data.batch_size
+    maker, _ = OBJECTIVES.get(kind) or (imported(kind), None)
+    options = {k: v for k, v in _plain(c.objective).items() if k != "name"}
+    if c.data.accumulate < 1 or batch % (c.data.accumulate * shard.batch_shards(w.mesh)):
+        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp {shard.batch_shards(w.mesh)}")
+    o, loop = optim.Optim(**_plain(c.optim)), run.Loop(**_plain(c.train))
+    key = nn.fold(jax.random.key(seed), "init", name)
+    trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
+    draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules)
+    frozen: dict[str, Tree] = {}
+    prepare = lambda b: b
+
+    if kind == "ppo":
+        model, objective, source, params = _make_ppo(w, name, c, options, trunk if trunk is not None else draw(w.model.specs(), "policy"), draw, workdir)
+    else:
+        source = _data(w, c.data, c.data.path, batch, seed)
+        if kind in SCALAR:
+            model = heads.Scalar(w.model)
+            params = {"trunk": trunk if trunk is not None else draw(w.model.specs(), "trunk"), "head": draw(heads.specs(w.model.config.dim), "head")}
+        else:
+            model, params = w.model, trunk if trunk is not None else draw(w.model.specs(), "policy")
+        objective = maker(model, **options)
+        if kind in REFERRED:
+            if not (c.reference or c.init):
+                raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
+            reference = load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
+            source = WithReference(source, w.model, reference, w.mesh)
+            from jaxalign.rl.reference import add_reference
+
+            prepare = lambda b: add_reference(w.model, reference, b)
+    evaluate = None
+    if c.data.eval_path and kind != "ppo":
+        held_out = _data(w, c.data, c.data.eval_path, batch, seed, shuffle=False)
+        evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
+    remains = None
+    if o.freeze:
+        params, remains = tree.split(params, optim.trainable(o, params))
+        frozen["base"] = remains
+    tx, schedule = optim.make(o, loop.steps, params)
+    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule)
+
+
+def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, draw: Callable, workdir: Path):
+    rl, model = c.rl, w.model
+    if not c.init:
+        raise UserError(f"{name}: ppo needs a policy to start from; set init to a stage or a directory")
+    reference = load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
+    scalar = heads.Scalar(model)
+    if ":" in rl.reward:
+        scorer, reward_params = rewards.python(imported(rl.reward), w.decode, w.mesh), None
+    elif rl.reward:
+        reward_params = load_params(w, rl.reward, scalar.specs(), f"{name}.rl.reward")
+        scorer = rewards.learned(scalar, reward_params)
+    else:
+        raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
+    if rl.value == "head":
+        value, critic = None, draw(heads.specs(model.config.dim, zero=True), "value")
+    elif rl.value == "reward" and reward_params is not None:
+        # A copy: the trained critic's buffers are donated, the reward model's are not.
+        value, critic = scalar, load_params(w, rl.reward, scalar.specs(), f"{name}.rl.reward")
+    else:
+        raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
+    objective = ppo.ppo(model, value, **{**options, "temperature": c.sampling.temperature or 1.0})
+    prompts = _data(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
+    if c.data.batch_size % (rl.minibatches * c.data.accumulate * shard.batch_shards(w.mesh)):
+        raise UserError(f"{name}: data.batch_size {c.data.batch_size} must be a multiple of rl.minibatches {rl.minibatches} x accumulate x data x fsdp")
+    mix = None
+    if options["ptx_coef"]:
+        mix = _data(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
+    shaping = {k: rl[k] for k in fields(experience.make_experience) if k in rl}
+    source = experience.PPOSource(
+        prompts, model, value, reference, scorer, sampling(w, c.sampling), w.mesh, epochs=rl.epochs, minibatches=rl.minibatches,
+        kl=KL(rl.beta, rl.target, rl.horizon), seed=w.config.seed, mix=mix, decode=w.decode, **_plain(ConfigDict(shaping)),
+    )  # fmt: skip
+    return model, objective, source, {"policy": policy, "value": critic}

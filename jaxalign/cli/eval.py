@@ -1,0 +1,152 @@
+"""Held-out metrics of what a pipeline has trained, beside the truth where the world knows it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from jaxalign.cli.main import common, needed
+from jaxalign.types import UserError
+
+
+def define(fv):
+    common(fv)
+    flags.DEFINE_integer("samples", 0, "samples per policy (0: what the config says)", flag_values=fv)
+
+
+def main(fv, rest):
+    needed(fv, "config", "workdir")
+    from jaxalign import build
+
+    config, workdir = fv.config, Path(fv.workdir)
+    w = build.world(config, workdir)
+    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    if fv.samples and world is not None:
+        with config.unlocked():
+            config.world.samples = fv.samples
+    print(json.dumps(evaluate(w, world, config, verbose=False), indent=1))
+
+
+def evaluate(w, world, config, verbose: bool = True) -> dict:
+    """{"pretrain", "sft", "reward", "policies"}: each part that the run directory holds."""
+    from jaxalign import build
+
+    out: dict = {}
+    stages = build.stages(config)
+    done = [n for n in stages if os.path.exists(w.workdir / n / "params" / "manifest.json")]
+    if not done:
+        raise UserError(f"{w.workdir} holds no finished stage; run jaxalign pipeline or train first")
+    for name in done:
+        kind = stages[name].objective.name
+        if kind == "lm" and stages[name].data.eval_path:
+            out[name] = _language(w, world, stages[name], name)
+        elif kind in build.SCALAR and stages[name].data.eval_path:
+            out[name] = _reward(w, world, stages[name], name)
+    if world is not None:
+        out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.SCALAR and n != "pretrain"])
+    return out
+
+
+def _language(w, world, c, name: str) -> dict:
+    """Loss per predicted token on whole held-out documents, one per row, and the world's own on the same texts."""
+    import jax
+
+    from jaxalign import build
+    from jaxalign.data import rows
+    from jaxalign.objectives import lm
+    from jaxalign.train import state
+
+    params = build.load_params(w, name, w.model.specs(), name)
+    source = build._data(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, packing="pad", too_long="error")
+    metrics = build.evaluation(lm.lm(w.model), w.mesh, {}, source)
+    empty = state.TrainState(0, params, (), (), jax.random.key(0))
+    with jax.set_mesh(w.mesh):
+        got = metrics(empty, counts=True)
+    out = {"nll": got["nll"], "tokens": int(got["tokens"]), "accuracy": got["mean_token_accuracy"]}
+    if world is not None:
+        records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
+        logs = [world.log_prob(r["text"]) if "text" in r else world.demonstration_log_prob(r["prompt"], r["completion"]) for r in records]
+        if all(map(math.isfinite, logs)):
+            out["floor"] = -sum(logs) / out["tokens"]
+            out["ratio"] = out["nll"] / out["floor"]
+    return out
+
+
+def _reward(w, world, c, name: str) -> dict:
+    """Accuracy on all strict pairs of the held-out rankings, and the gold reward's on the same noisy labels."""
+    from jaxalign import build
+    from jaxalign.data import rows
+    from jaxalign.evals import policy, stats
+    from jaxalign.models import heads
+
+    scalar = heads.Scalar(w.model)
+    params = build.load_params(w, name, scalar.specs(), name)
+    source = build._data(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False)
+    margins, groups = [], []
+    for i, (scores, ranks) in enumerate(policy.candidate_scores(scalar, params, source, w.mesh)):
+        better = ranks[:, None] < ranks[None, :]
+        gaps = (scores[:, None] - scores[None, :])[better]
+        margins.append(gaps)
+        groups.append(np.full(len(gaps), i))
+    margins, groups = np.concatenate(margins), np.concatenate(groups)
+    correct = (margins > 0) + 0.5 * (margins == 0)
+    out = {
+        "accuracy": float(correct.mean()),
+        "interval": list(stats.bootstrap(correct, groups)),
+        "pairs": len(margins),
+        "prompts": int(groups.max()) + 1,
+        **{k: v for k, v in stats.calibration(margins)._asdict().items()},
+    }
+    if world is not None:
+        records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
+        hits = []
+        for r in records:
+            gold = world.gold_rewards([r["prompt"]] * len(r["completions"]), r["completions"])
+            ranks = np.asarray(r["ranks"])
+            gaps = (gold[:, None] - gold[None, :])[ranks[:, None] < ranks[None, :]]
+            hits += list((gaps > 0) + 0.5 * (gaps == 0))
+        out["gold_accuracy"] = float(np.mean(hits))
+    return out
+
+
+def _policies(w, world, config, names: list[str], samples: int | None = None) -> dict:
+    """Gold reward, KL to SFT and win rate against SFT's samples of the same held-out prompts."""
+    import jax
+
+    from jaxalign import build
+    from jaxalign.data import rows
+    from jaxalign.evals import policy, stats
+    from jaxalign.ops import nn
+
+    n = samples or config.world.samples
+    prompts = [r for r, _ in rows.read(w.find("data/prompts_eval.jsonl"))]
+    records = [prompts[i % len(prompts)] for i in range(n)]
+    batch = min(256, -(-n // 8) * 8)
+    how = next(build.sampling(w, s.sampling) for s in build.stages(config).values() if "sampling" in s)
+    reference = build.load_params(w, "sft", w.model.specs(), "evaluation")
+    got, gold = {}, {}
+    for name in names:
+        params = reference if name == "sft" else build.load_params(w, name, w.model.specs(), name)
+        source = build.prompt_rows(w, records, batch)
+        key = nn.fold(jax.random.key(config.seed), "evaluate", name)
+        got[name] = policy.sample(w.model, params, how, source, w.decode, key, w.mesh, reference=reference)
+        gold[name] = world.gold_rewards([r["prompt"] for r in records], got[name].completions)
+    out = {}
+    for name, s in got.items():
+        out[name] = {
+            "gold": float(gold[name].mean()),
+            "gold_std": float(gold[name].std()),
+            "kl": float((s.logp - s.ref_logp).mean()),
+            "length": float(s.length.mean()),
+            "truncated": float(s.truncated.mean()),
+            "samples": [{"prompt": r["prompt"], "completion": t, "gold": float(g)} for r, t, g in list(zip(records, s.completions, gold[name]))[:8]],
+        }
+        if name != "sft" and "sft" in got:
+            outcome = (gold[name] > gold["sft"]) + 0.5 * (gold[name] == gold["sft"])
+            out[name] |= {"win_rate": float(outcome.mean()), "win_interval": list(stats.bootstrap(outcome, np.arange(n) % len(prompts)))}
+    return out

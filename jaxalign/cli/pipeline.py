@@ -1,0 +1,170 @@
+"""Raw text to aligned models and a report: every stage of one config, each picking up what the one before it left.
+
+Every part is done once: its result is written under a temporary name and renamed, or is a checkpoint, so the command
+can be killed anywhere and run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+from jaxalign.cli.main import common, needed
+from jaxalign.types import UserError
+
+
+def define(fv):
+    common(fv)
+
+
+def main(fv, rest):
+    needed(fv, "config", "workdir")
+    if "stages" not in fv.config:
+        raise UserError("this config has one stage: run it with jaxalign train")
+    import jax
+
+    from jaxalign.train import checkpoint
+
+    with checkpoint.lock(fv.workdir, jax.process_index()):
+        run(fv.config, Path(fv.workdir))
+
+
+def run(config, workdir: Path) -> dict:
+    """The whole pipeline; returns the evaluation."""
+    import jax
+
+    from jaxalign import build, report
+    from jaxalign.cli import eval as evaluation_verb
+    from jaxalign.rl import rewards
+
+    clock = Clock(workdir)
+    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    if world is not None:
+        with clock("data"):
+            _write_data(world, config, workdir)
+    with clock("tokenizer"):
+        w = build.world(config, workdir)
+        if jax.process_index() == 0:
+            w.tokenizer.save(str(workdir / "tokenizer"))
+    for name, c in build.stages(config).items():
+        if world is not None and Path(c.data.path).name in LABELLED and not (workdir / c.data.path).exists():
+            with clock("label"):
+                _label(w, world, config)
+        if (workdir / name / "params" / "manifest.json").exists():
+            print(f"{name}: already done")
+            continue
+        with clock(name):
+            s = build.make_stage(w, name, c, workdir / name)
+            params = s.go()
+            if c.objective.name in build.SCALAR:
+                # Mean 0 and std 1 on samples of the policy that RL starts from (lm-human-preferences).
+                params = rewards.normalise(params, s.reference_scores(params))
+            s.save(params)
+            del s, params
+    with clock("evaluate"):
+        evaluation = evaluation_verb.evaluate(w, world, config)
+    evaluation["seconds"] = clock.seconds
+    evaluation["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if jax.process_index() == 0:
+        _replace(workdir / "evaluation.json", json.dumps(evaluation, indent=1))
+        print(report.console(evaluation))
+        print(f"report: {report.write(workdir)}")
+    return evaluation
+
+
+class Clock:
+    """Seconds per part, kept in the run directory so that a resumed run adds up."""
+
+    def __init__(self, workdir: Path):
+        self.path = workdir / "seconds.json"
+        self.seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def __call__(self, part: str):
+        import contextlib
+
+        @contextlib.contextmanager
+        def timed():
+            begin = time.monotonic()
+            try:
+                yield
+            finally:
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - begin
+                self.seconds["total"] = sum(v for k, v in self.seconds.items() if k != "total")
+                _replace(self.path, json.dumps(self.seconds))
+
+        return timed()
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temp.write_text(text)
+    os.replace(temp, path)
+
+
+def _write_data(world, config, workdir: Path) -> None:
+    import jax
+
+    from jaxalign import build
+
+    sizes = dict(config.world.sizes)
+    if not all((workdir / "data" / f"{n}.jsonl").exists() for n in sizes):
+        if jax.process_index() == 0:
+            world.write_all(workdir / "data.tmp", sizes, config.seed)
+            (workdir / "data").mkdir(parents=True, exist_ok=True)
+            for f in (workdir / "data.tmp").iterdir():
+                os.replace(f, workdir / "data" / f.name)
+            (workdir / "data.tmp").rmdir()
+        build._barrier("data")
+
+
+LABELLED = ("rankings.jsonl", "pairs.jsonl", "rankings_eval.jsonl", "pairs_eval.jsonl")
+
+
+def _label(w, world, config) -> None:
+    """Samples of the SFT model, ranked by the world's labellers: rankings and, from them, disjoint pairs for DPO."""
+    import jax
+    import numpy as np
+
+    from jaxalign import build
+    from jaxalign.data import rows
+    from jaxalign.evals import policy
+    from jaxalign.ops import nn
+    from jaxalign.tasks.reviews import write_jsonl
+
+    params = build.load_params(w, "sft", w.model.specs(), "label")
+    how = next(build.sampling(w, s.sampling) for s in build.stages(config).values() if "sampling" in s)
+    for split, file, count in (("eval", "prompts_eval.jsonl", config.world.ranked_eval), ("train", "prompts.jsonl", config.world.ranked)):
+        prompts = [r for r, _ in rows.read(str(w.workdir / "data" / file))][:count]
+        ks = [5] * len(prompts) if split == "eval" else world.candidates(len(prompts), config.seed)
+        repeated = [p for p, k in zip(prompts, ks) for _ in range(k)]
+        key = nn.fold(jax.random.key(config.seed), "label", split)
+        got = policy.sample(w.model, params, how, build.prompt_rows(w, repeated, 256), w.decode, key, w.mesh, score=False)
+        texts = iter(_gathered(got.completions))
+        groups = [[next(texts) for _ in range(k)] for k in ks]
+        rankings = world.rankings(prompts, groups, config.seed + (split == "eval"))
+        rng, pairs = np.random.default_rng([config.seed, split == "eval"]), []
+        for r in rankings:
+            order = rng.permutation(len(r["ranks"]))
+            for i, j in zip(order[::2], order[1::2]):  # each sample is in one pair
+                a, b = (i, j) if r["ranks"][i] < r["ranks"][j] else (j, i)
+                if r["ranks"][a] != r["ranks"][b]:
+                    pairs.append({"prompt": r["prompt"], "chosen": r["completions"][a], "rejected": r["completions"][b]})
+        suffix = "_eval" if split == "eval" else ""
+        if jax.process_index() == 0:
+            for name, records in ((f"rankings{suffix}", rankings), (f"pairs{suffix}", pairs)):
+                temp = write_jsonl(w.workdir / "data" / f"{name}.tmp", records)
+                os.replace(temp, w.workdir / "data" / f"{name}.jsonl")
+    build._barrier("label")
+
+
+def _gathered(texts: list[str]) -> list[str]:
+    """All processes' texts, in the order of their rows."""
+    import jax
+
+    if jax.process_count() == 1:
+        return texts
+    raise UserError("labelling samples needs one process; run the stages before it with jaxalign train, and label in one process")

@@ -1,0 +1,132 @@
+"""Canonical examples: what every format becomes, and all that templates and sources know of data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Sequence, Union
+
+from jaxalign.data.rows import unclean
+from jaxalign.types import UserError
+
+
+class Message(NamedTuple):
+    role: str  # system, user or assistant
+    content: str
+    trained: bool = True  # only assistant turns ever are; False leaves this one out (a "loss_weight" of 0)
+
+
+Said = Union[str, tuple[Message, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    prompt: Said
+    completion: Said
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    messages: tuple[Message, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    prompt: Said
+    chosen: Said
+    rejected: Said
+    margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    prompt: Said
+    completions: tuple[Said, ...]
+    ranks: tuple[int, ...]  # smaller is better, equal is a tie
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    prompt: Said
+    record: dict
+
+
+Example = Union[Text, Completion, Chat, Preference, Ranking, Prompt]
+EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Prompt)
+
+
+class Unusable(UserError):
+    """A well-formed row that teaches nothing: sources drop and count it by ``reason``, whatever the policy."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def string(value: object, where: str, key: str) -> str:
+    """The value, if it is text that says something."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} must be a string, not {type(value).__name__}")
+    if not value.strip():
+        raise UserError(f"{where}: {key!r} is empty; fill it or remove the row")
+    if bad := unclean(value):
+        raise UserError(f"{where}: {key!r} holds a {bad}; remove it")
+    return value
+
+
+def turns(said: Sequence[Message], where: str, key: str, last: str, first: str = "user") -> None:
+    """[system] user assistant user ... : every chat model was trained on turns that alternate."""
+    for i, m in enumerate(said):
+        string(m.content, where, f"{key}[{i}] content")
+        if m.role == "system" and (i > 0 or first == "assistant"):
+            raise UserError(f"{where}: {key}[{i}] is a system turn; it may only open the conversation")
+    roles = [m.role for m in said if m.role != "system"]
+    for i, role in enumerate(roles):
+        if role != (("user", "assistant") if first == "user" else ("assistant", "user"))[i % 2]:
+            why = f"two {role} turns in a row" if i else f"starts with the {role}"
+            raise UserError(f"{where}: {key}: {why}; turns must alternate, the {first} first")
+    if not roles or roles[-1] != last:
+        found = f", not of the {roles[-1]}" if roles else ""
+        raise UserError(f"{where}: {key} must end with a turn of the {last}{found}")
+
+
+def check(example: Example, where: str) -> Example:
+    """The example, if it keeps the rules every reader of ours keeps; for those made by a user's function."""
+    if not isinstance(example, EXAMPLES):
+        raise UserError(f"{where}: format= returned a {type(example).__name__}; return an example, e.g. Completion(...)")
+    match example:
+        case Text(text):
+            string(text, where, "text")
+        case Chat(messages):
+            turns(messages, where, "messages", last="assistant")
+        case Prompt(prompt):
+            _said(prompt, where, "prompt")
+        case Completion(prompt, completion):
+            _said(prompt, where, "prompt")
+            _said(completion, where, "completion", answer=True)
+        case Preference(prompt, chosen, rejected):
+            _said(prompt, where, "prompt")
+            _said(chosen, where, "chosen", answer=True)
+            _said(rejected, where, "rejected", answer=True)
+        case Ranking(prompt, completions, ranks):
+            _said(prompt, where, "prompt")
+            for c in completions:
+                _said(c, where, "completions", answer=True)
+            if len(completions) != len(ranks):
+                raise UserError(f"{where}: {len(completions)} completions but {len(ranks)} ranks")
+            if len(set(ranks)) < 2:
+                raise Unusable("ties" if len(ranks) > 1 else "one_item", f"{where}: the ranking prefers nothing")
+    return example
+
+
+def _said(said: Said, where: str, key: str, answer: bool = False) -> None:
+    if isinstance(said, str):
+        string(said, where, key)
+    elif answer:
+        turns(said, where, key, last="assistant", first="assistant")
+    else:
+        turns(said, where, key, last="user")

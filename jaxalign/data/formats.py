@@ -1,0 +1,297 @@
+"""Records -> canonical examples: which schema is this, and is it whole?
+
+    text        {"text"}
+    completion  {"prompt", "completion"}
+    chat        {"messages"}                                     (or ShareGPT's "conversations" of from / value)
+    preference  {"chosen", "rejected"} and "prompt", or with the prompt as the common beginning of both: of two lists of
+                messages, of two HH-RLHF dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or of any two strings
+    ranking     {"prompt", "completions", "ranks"}               (or "responses", "ranking"); rank 0 is better than 1
+    prompt      {"prompt"}
+
+A prompt is a string or a list of messages; a completion is a string or the messages that follow. Another format is a
+function ``record -> example``, given as ``format=``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from typing import Any, Callable
+
+from jaxalign.data.examples import (
+    EXAMPLES, Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text, Unusable,
+    check, string, turns,
+)  # fmt: skip
+from jaxalign.data.rows import Rows, given, read
+from jaxalign.types import UserError
+
+__all__ = [
+    "Chat", "Completion", "Example", "Message", "Preference", "Prompt", "Ranking", "Rows", "Said", "Text",
+    "Unusable", "canonical", "detect", "given", "read",
+]  # fmt: skip
+
+
+SCHEMAS = {
+    "text": ("text",),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "preference": ("chosen", "rejected"),
+    "ranking": ("prompt", "completions", "ranks"),
+    "prompt": ("prompt",),
+}
+_ALIASES = {
+    "messages": ("messages", "conversations"),
+    "chosen": ("chosen", "chosen_messages"),
+    "rejected": ("rejected", "rejected_messages"),
+    "completions": ("completions", "responses"),
+    "ranks": ("ranks", "ranking"),
+}
+_OTHER_PROMPTS = ("instruction", "question", "query", "input", "problem", "context")
+_TOOL_ROLES = ("tool", "function", "function_call", "observation")
+_ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
+
+
+def detect(record: dict, where: str = "record") -> str:
+    """Name of the format (a key of SCHEMAS). Raises UserError when none fits, or more than one."""
+    marks = {"text": "text", "completion": "completion", "messages": "chat", "chosen": "preference"}
+    marks |= {"rejected": "preference", "completions": "ranking", "ranks": "ranking"}
+    found = list(dict.fromkeys(f for key, f in marks.items() if _has(record, key)))
+    if found == ["chat", "preference"] and "conversations" in record and "prompt" not in record:
+        found = ["preference"]  # ShareGPT preferences: the conversation is the prompt
+    if found == ["text"] and "prompt" in record:
+        found = ["text", "prompt"]
+    if len(found) > 1:
+        raise UserError(
+            f"{where}: ambiguous: the keys {sorted(map(str, record))} fit the formats {' and '.join(found)}; "
+            f"remove the others or say which (format={found[0]!r})"
+        )
+    if found in (["chat"], ["completion"]) and isinstance(record.get("label"), bool):
+        raise UserError(
+            f"{where}: 'label' makes this good or bad answer of a KTO set, and plain training would learn from the bad "
+            f"ones too; filter them and say format={found[0]!r}"
+        )
+    if found or "prompt" in record:
+        return found[0] if found else "prompt"
+    keys = [k for k in record if isinstance(k, str)]
+    close = {f: [k for m in need for k in difflib.get_close_matches(m, keys, 1, 0.7)] for f, need in SCHEMAS.items()}
+    best = max(SCHEMAS, key=lambda f: len(close[f]) / len(SCHEMAS[f]))
+    nearest = f"; nearest is {best}, which needs {list(SCHEMAS[best])}" if close[best] else ""
+    raise UserError(
+        f"{where}: no known format has the keys {sorted(map(str, record))}{nearest}. Rename the keys, or give "
+        "format= a function from the record to an example"
+    )
+
+
+def canonical(record: dict, where: str = "record", format: str | Callable[[dict], Example] | None = None) -> Example:
+    """The example in a record. ``format``: a name in SCHEMAS, a function, or None to `detect` it.
+
+    Raises UserError naming ``where`` for a missing field, a wrong type, bad roles or empty text; `Unusable` for what
+    is whole but teaches nothing (chosen equal to rejected, a ranking of one item or of ties only).
+    """
+    if isinstance(record, EXAMPLES):
+        return check(record, where)
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a row must be an object (dict), this is a {type(record).__name__}")
+    if callable(format):
+        try:
+            example = format(record)
+        except Unusable:
+            raise
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        except Exception as e:
+            raise UserError(f"{where}: format= failed on this row: {type(e).__name__}: {e}") from e
+        return check(example, where)
+    if format is not None and format not in _READERS:
+        raise UserError(f"format {format!r}: use one of {list(SCHEMAS)}, or a function")
+    return _READERS[format or detect(record, where)](record, where)
+
+
+# -- one reader per format ------------------------------------------------------------------------------------------
+
+
+def _text(record, where):
+    return Text(string(_get(record, "text", where, "text"), where, "text"))
+
+
+def _completion(record, where):
+    prompt = _prompt(_get(record, "prompt", where, "completion"), where)
+    answer = _said(_get(record, "completion", where, "completion"), where, "completion")
+    return Completion(*_follow(prompt, [answer], where))
+
+
+def _chat(record, where):
+    messages = _messages(_get(record, "messages", where, "chat"), where, "messages")
+    turns(messages, where, "messages", last="assistant")
+    return Chat(messages)
+
+
+def _prompt_only(record, where):
+    return Prompt(_prompt(_get(record, "prompt", where, "prompt"), where), record)
+
+
+def _ranking(record, where):
+    prompt = _prompt(_get(record, "prompt", where, "ranking"), where)
+    items, ranks = (_get(record, k, where, "ranking") for k in ("completions", "ranks"))
+    if not isinstance(items, list) or not isinstance(ranks, list) or len(items) != len(ranks):
+        raise UserError(f"{where}: 'completions' and 'ranks' must be lists of the same length")
+    if not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks):
+        raise UserError(f"{where}: 'ranks' must be integers (0 is best), one per completion, not {ranks}")
+    answers = [_said(a, where, f"completions[{i}]") for i, a in enumerate(items)]
+    if len(answers) < 2:
+        raise Unusable("one_item", f"{where}: a ranking of {len(answers)} item says nothing; give two or more")
+    if len(set(ranks)) == 1:
+        raise Unusable("ties", f"{where}: all ranks are equal, so nothing is preferred; remove the row")
+    prompt, *answers = _follow(prompt, answers, where)
+    return Ranking(prompt, tuple(answers), tuple(ranks))
+
+
+def _preference(record, where):
+    margin = record.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise UserError(f"{where}: 'margin' must be a finite number, not {margin!r}")
+    pair = [_get(record, k, where, "preference") for k in ("chosen", "rejected")]
+    if pair[0] == pair[1]:
+        raise Unusable("identical", f"{where}: chosen and rejected are the same; remove the row")
+    prompt = record.get("prompt", record.get("conversations"))
+    if all(isinstance(p, str) and _HH.match(p) for p in pair) and prompt is None:
+        pair = [_dialogue(p, where, k) for p, k in zip(pair, ("chosen", "rejected"))]
+    else:
+        pair = [_said(p, where, k) for p, k in zip(pair, ("chosen", "rejected"))]
+    if isinstance(pair[0], str) != isinstance(pair[1], str):
+        raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings or both be messages")
+    whole = not isinstance(pair[0], str) and pair[0][0].role != "assistant"  # the prompt is in the messages
+    if whole and isinstance(prompt, str):  # UltraFeedback repeats the first question as "prompt"
+        shared = os.path.commonprefix(pair)
+        if not any(m.role == "user" and m.content == prompt for m in shared):
+            raise UserError(f"{where}: 'prompt' is no user turn of the common beginning of chosen and rejected")
+        prompt = None
+    elif whole and prompt is not None:
+        raise UserError(f"{where}: the prompt is given twice, as its own messages and inside chosen; keep one")
+    if prompt is not None:
+        prompt = _prompt(prompt, where)
+    elif whole:
+        shared = os.path.commonprefix(pair)
+        while shared and shared[-1].role != "user":
+            shared = shared[:-1]
+        prompt, pair = tuple(shared), [p[len(shared) :] for p in pair]
+        if not prompt or not all(pair):
+            raise UserError(f"{where}: chosen and rejected must share a question and then both answer it")
+        turns(prompt, where, "the common beginning", last="user")
+    elif isinstance(pair[0], str):
+        prompt, pair = _common(record, pair, where)
+    else:
+        raise UserError(f"{where}: missing 'prompt': chosen and rejected are answers without a question")
+    prompt, chosen, rejected = _follow(prompt, pair, where)
+    if chosen == rejected:
+        raise Unusable("identical", f"{where}: chosen and rejected are the same; remove the row")
+    return Preference(prompt, chosen, rejected, float(margin))
+
+
+_READERS = {
+    "text": _text,
+    "completion": _completion,
+    "chat": _chat,
+    "preference": _preference,
+    "ranking": _ranking,
+    "prompt": _prompt_only,
+}
+
+_HH = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
+_TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant): ?")
+
+
+def _dialogue(text, where, key):
+    _, *parts = _TURN.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    said = [Message(roles[r], string(c, where, f"{key}: {r}'s turn")) for r, c in zip(parts[::2], parts[1::2])]
+    turns(said, where, key, last="assistant")
+    return tuple(said)
+
+
+def _common(record, pair, where):
+    """Splits two strings after their common beginning: at the last turn of it ("...Assistant:"), else before the last
+    blank, so that no word is cut and a completion keeps the space it starts with."""
+    if other := [k for k in _OTHER_PROMPTS if k in record]:  # else the answers' first words would pass for the prompt
+        raise UserError(f"{where}: preference needs 'prompt'; rename {other[0]!r}, or give format= a function")
+    shared = os.path.commonprefix(pair)
+    ends = [m.end(1) + 1 for m in _TURN.finditer(shared) if m[1] == "Assistant"]
+    cuts = ends[-1:] or [m.start() for m in re.finditer(r"\s+(?=\S|$)", shared)][::-1]
+    for cut in cuts:
+        if pair[0][:cut].strip() and all(p[cut:].strip() for p in pair):
+            return pair[0][:cut], [p[cut:] for p in pair]
+    raise UserError(f"{where}: chosen and rejected have no common beginning to serve as prompt; add a 'prompt' field")
+
+
+# -- fields ---------------------------------------------------------------------------------------------------------
+
+
+def _has(record, key):
+    return any(k in record for k in _ALIASES.get(key, (key,)))
+
+
+def _get(record, key, where, schema):
+    names = [k for k in _ALIASES.get(key, (key,)) if k in record]
+    if len(names) > 1:
+        raise UserError(f"{where}: both {names[0]!r} and {names[1]!r}; keep one")
+    if not names:
+        close = difflib.get_close_matches(key, [k for k in record if isinstance(k, str)], 1, 0.7)
+        hint = f" (is {close[0]!r} meant for it?)" if close else ""
+        raise UserError(f"{where}: {schema} needs {key!r}{hint}; found keys {sorted(map(str, record))}")
+    return record[names[0]]
+
+
+def _said(value, where, key):
+    return string(value, where, key) if isinstance(value, str) else _messages(value, where, key)
+
+
+def _prompt(value, where):
+    prompt = _said(value, where, "prompt")
+    if not isinstance(prompt, str):
+        turns(prompt, where, "prompt", last="user")
+    return prompt
+
+
+def _messages(value, where, key):
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {key!r} must be a string or a list of messages, not {type(value).__name__}")
+    said = [_message(m, where, f"{key}[{i}]") for i, m in enumerate(value)]
+    return tuple(m for m in said if m is not None)
+
+
+def _message(m, where, key):
+    if not isinstance(m, dict):
+        raise UserError(f"{where}: {key} must be an object with 'role' and 'content', not {type(m).__name__}")
+    role = m.get("role", m.get("from"))
+    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if role in _TOOL_ROLES or any(m.get(k) for k in ("tool_calls", "function_call", "tool_call_id")):
+        raise UserError(f"{where}: {key} is a tool turn, which templates here cannot write yet; remove the row")
+    if role not in ("system", "user", "assistant"):
+        raise UserError(f"{where}: {key} has role {role!r}; use system, user or assistant")
+    content = m.get("content", m.get("value"))
+    if isinstance(content, list):  # the parts of a multimodal message; only text is understood
+        parts = [p for p in content if isinstance(p, dict) and p.get("type") == "text"]
+        texts = [p.get("text", p.get("value")) for p in parts]
+        if len(parts) < len(content) or not all(isinstance(t, str) for t in texts):
+            raise UserError(f"{where}: {key} has content other than text; only text can be trained on")
+        content = "".join(texts)
+    if role == "system" and content == "":
+        return None  # "no system prompt", as many exports write it
+    weight = m.get("loss_weight", 1)
+    if weight not in (0, 1):
+        raise UserError(f"{where}: {key} has loss_weight {weight!r}; only 0 and 1 are understood")
+    return Message(role, string(content, where, f"{key} content"), bool(weight) if role == "assistant" else True)
+
+
+def _follow(prompt, answers, where):
+    """Makes a prompt and its answers of one kind, and checks that the answers continue it."""
+    for a in answers:
+        if not isinstance(a, str):
+            turns(a, where, "the answer", last="assistant", first="assistant")
+    if isinstance(prompt, str) and any(not isinstance(a, str) for a in answers):
+        prompt = (Message("user", prompt),)
+    single = all(not isinstance(a, str) and len(a) == 1 and a[0].trained for a in answers)
+    return prompt, *(a[0].content if single else a for a in answers)

@@ -1,0 +1,206 @@
+"""Examples -> segments of text that know whether they are trained -> ids and mask.
+
+The mask is decided while writing, never found by searching ids. What is trained: every assistant turn and the stop
+token that ends it, and nothing else (all of a plain text). Prompt and answers are tokenised apart, so the tokens of a
+prompt are a prefix of the tokens of prompt + completion: what the sampler continues is what the trainer saw.
+
+User text is never parsed: "<|im_end|>" in a message is spelled out, only the template writes special tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from typing import Iterable, Iterator, NamedTuple, Sequence
+
+from jaxalign.data.examples import Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text
+from jaxalign.data.tokenizers import Tokenizer
+from jaxalign.types import UserError
+
+
+class Segment(NamedTuple):
+    text: str
+    trained: bool = False
+    kind: str = "text"  # "text"; "answer" (never merged with its surroundings); "special"; "stop" (ends a turn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How turns are written. A turn is ``before[role] + content + after[role]``; an assistant's turn is a header, the
+    answer and the stop token, of which the last two are trained.
+
+    ``stop`` names the special token that ends a turn; a vocabulary without it ends turns with EOS.
+    """
+
+    name: str
+    system: tuple[str, str] = ("", "")  # before, after
+    user: tuple[str, str] = ("", "")
+    header: str = ""  # opens the assistant's turn; the last thing in a prompt
+    lead: str = ""  # what the assistant writes before its answer (a space)
+    between: str = ""  # after the stop token, when another turn follows
+    stop: str | None = None
+    specials: tuple[str, ...] = ()  # special tokens in the texts above
+    chat: bool = True  # False: has no way to write roles
+
+    def prompt(self, prompt: Said) -> list[Segment]:
+        """Segments of a prompt, up to where the assistant speaks. Nothing in it is trained.
+
+        Raises UserError for messages under a template that has no roles.
+        """
+        if not self.chat:
+            if isinstance(prompt, str):
+                return [Segment(prompt)]
+            raise UserError(
+                f"template {self.name!r} can not write messages; use 'chatml' or 'human_assistant', or string prompts"
+            )
+        turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        return [s._replace(trained=False) for s in self._turns(turns)] + self._fixed(self.header)
+
+    def answer(self, answer: Said, trained: bool = True) -> list[Segment]:
+        """Segments that follow `prompt`: the answer (or the messages from an assistant's turn on) and its stop."""
+        if isinstance(answer, str):
+            return [Segment(self.lead + answer, trained, "answer"), Segment(self.stop or "", trained, "stop")]
+        return self._turns(answer)[len(self._fixed(self.header)) :]
+
+    def conversation(self, messages: Sequence[Message]) -> list[Segment]:
+        """Segments of a whole conversation, every assistant turn trained unless its message says otherwise."""
+        first = next(i for i, m in enumerate(messages) if m.role == "assistant")
+        return self.prompt(tuple(messages[:first])) + self.answer(tuple(messages[first:]))
+
+    def _turns(self, messages: Sequence[Message]) -> list[Segment]:
+        out: list[Segment] = []
+        for i, m in enumerate(messages):
+            if i and messages[i - 1].role == "assistant":
+                out += self._fixed(self.between)
+            if m.role == "assistant":
+                out += self._fixed(self.header) + self.answer(m.content, m.trained)
+            else:
+                before, after = self.system if m.role == "system" else self.user
+                out += [*self._fixed(before), Segment(m.content), *self._fixed(after)]
+        return out
+
+    def _fixed(self, text: str) -> list[Segment]:
+        """The template's own text, cut at its special tokens."""
+        parts = re.split("(" + "|".join(map(re.escape, self.specials)) + ")", text) if self.specials else [text]
+        return [Segment(p, kind="special" if p in self.specials else "text") for p in parts if p]
+
+
+PLAIN = Template("plain", chat=False)
+
+CHATML = Template(
+    "chatml",
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    header="<|im_start|>assistant\n",
+    between="\n",
+    stop="<|im_end|>",
+    specials=("<|im_start|>", "<|im_end|>"),
+)
+
+# As HH-RLHF writes its dialogues. Those show no end of turn; without one a policy would go on to play the human.
+HUMAN_ASSISTANT = Template(
+    "human_assistant",
+    system=("\n\nSystem: ", ""),
+    user=("\n\nHuman: ", ""),
+    header="\n\nAssistant:",
+    lead=" ",
+)
+
+TEMPLATES = {t.name: t for t in (PLAIN, CHATML, HUMAN_ASSISTANT)}
+
+
+def segments(example: Example, template: Template) -> list[list[Segment]]:
+    """The sequences of an example: one, but two for a Preference (chosen, rejected) and K for a Ranking."""
+    match example:
+        case Text(text):
+            return [[Segment(text, True), Segment("", True, "stop")]]
+        case Prompt(prompt):
+            return [template.prompt(prompt)]
+        case Completion(prompt, completion):
+            return [template.prompt(prompt) + template.answer(completion)]
+        case Chat(messages):
+            return [template.conversation(messages)]
+        case Preference(prompt, chosen, rejected):
+            return [template.prompt(prompt) + template.answer(a) for a in (chosen, rejected)]
+        case Ranking(prompt, completions):
+            return [template.prompt(prompt) + template.answer(a) for a in completions]
+    raise UserError(f"{type(example).__name__} is no example; return one of the classes in jaxalign.data.formats")
+
+
+def encode_sequences(
+    sequences: Sequence[Sequence[Segment]],
+    tokenizer: Tokenizer,
+    add_bos: bool = True,
+    add_eos: bool = True,
+) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each sequence; mask[t] = 1 makes token t a target, mask[0] is 0.
+
+    BOS comes once, first, untrained (if the vocabulary has one). ``add_eos=False`` leaves out the last stop token.
+    """
+    bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+    plans = [_plan(s if add_eos else _unstopped(s), tokenizer) for s in sequences]
+    # Each text once: the candidates of a ranking share their prompt.
+    texts = {(x, i == 0): None for plan in plans for i, (x, _) in enumerate(plan) if isinstance(x, str)}
+    ids = dict(zip(texts, tokenizer.encode_batch([t for t, _ in texts], [start for _, start in texts])))
+    out = []
+    for plan in plans:
+        tokens, mask = list(bos), [0] * len(bos)
+        for i, (x, trained) in enumerate(plan):
+            piece = ids[x, i == 0] if isinstance(x, str) else [x]
+            tokens += piece
+            mask += [int(trained)] * len(piece)
+        if mask:
+            mask[0] = 0  # nothing comes before the first token that could predict it
+        out.append((tokens, mask))
+    return out
+
+
+def encode_example(
+    example: Example, tokenizer: Tokenizer, template: Template, add_bos: bool = True, add_eos: bool = True
+) -> tuple[list[int], list[int]]:
+    """(ids, mask) of an example with one sequence (text, completion, chat, prompt)."""
+    sequences = segments(example, template)
+    if len(sequences) != 1:
+        raise UserError(f"a {type(example).__name__} has {len(sequences)} sequences; use segments and encode_sequences")
+    return encode_sequences(sequences, tokenizer, add_bos, add_eos)[0]
+
+
+def encode_prompt(prompt: Said, tokenizer: Tokenizer, template: Template, add_bos: bool = True) -> list[int]:
+    """Ids of a prompt, ready to be continued: a prefix of the ids of every example that has it."""
+    return encode_sequences([template.prompt(prompt)], tokenizer, add_bos)[0][0]
+
+
+def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
+    """Ids that end an answer: what a sampler must stop at. The first is what training teaches."""
+    return tuple(dict.fromkeys([_stop(template.stop, tokenizer), tokenizer.eos_id]))
+
+
+def _plan(sequence: Iterable[Segment], tokenizer: Tokenizer) -> list[tuple[str | int, bool]]:
+    """Texts to tokenise and ids that stand: special tokens resolved, neighbouring prompt texts joined."""
+    resolved: list[tuple[str | int, bool, bool]] = []
+    for text, trained, kind in sequence:
+        x = tokenizer.special_id(text) if kind == "special" else _stop(text, tokenizer) if kind == "stop" else None
+        if x is None and text:
+            resolved.append((text, trained, kind == "answer"))
+        elif x is not None:
+            resolved.append((x, trained, False))
+    return list(_joined(resolved))
+
+
+def _joined(items: list[tuple[str | int, bool, bool]]) -> Iterator[tuple[str | int, bool]]:
+    for (kind, trained), run in itertools.groupby(items, key=lambda s: (isinstance(s[0], str) and not s[2], s[1])):
+        run = [x for x, *_ in run]
+        if kind:
+            yield "".join(run), trained
+        else:
+            yield from ((x, trained) for x in run)
+
+
+def _stop(name: str | None, tokenizer: Tokenizer) -> int:
+    found = tokenizer.special_id(name) if name else None
+    return tokenizer.eos_id if found is None else found
+
+
+def _unstopped(sequence: Sequence[Segment]) -> Sequence[Segment]:
+    return sequence[:-1] if sequence and sequence[-1].kind == "stop" else sequence

@@ -1,0 +1,364 @@
+"""Hugging Face directories (config.json and safetensors) <-> a model and its params, strict both ways.
+
+The only file that imports safetensors; there is no pickle path. A family brings its own tables, next to its code:
+
+    HF             {"model_type", "causal", "classifier", "prefix"}: what its checkpoints are called
+    HF_FIXED       config.json fields that must hold one of the values this code implements, the first being HF's default
+    HF_BUFFERS     regex of tensors that older exports carry and nobody needs
+    from_hf(c)     takes what it understands out of the dict and returns a Config; what is left over is refused here
+    to_hf(cfg)     the inverse, in the spelling of transformers 5
+    hf_names(cfg)  {our leaf: (HF name, transposed)}; one {} in the name per leading stacked dimension
+
+Dropout rates in config.json are ignored: they change training, not the function. Everything else that we do not
+implement is refused by name, because a field that is read over is a model that is silently another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from jaxalign import shard, tree
+from jaxalign.models import FamilyModel, decoder, gpt2
+from jaxalign.ops.nn import Spec, is_spec
+from jaxalign.types import Tree, UserError
+
+FAMILIES = {family.HF["model_type"]: family for family in (decoder, gpt2)}
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# Fields that do not change the function: token ids (the tokenizer knows them), dropout, bookkeeping, generation.
+HARMLESS = re.compile(
+    r"(architectures|model_type|name_or_path|_name_or_path|transformers_version|dtype|torch_dtype|use_cache|initializer_range"
+    r"|(bos|eos|pad|sep|cls|unk|mask|decoder_start)_token(_id)?|\w*dropout\w*|[a-z]+_pdrop|task_specific_params|id2label|label2id"
+    r"|problem_type|num_labels|return_dict|output_\w+|tokenizer_class|chunk_size_feed_forward|n_ctx|summary_\w+"
+    r"|reorder_and_upcast_attn|jaxalign_\w+"
+    r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k|top_p|typical_p"
+    r"|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|num_return_sequences|remove_invalid_values)"
+)
+
+SHARD_BYTES = 5 * 10**9  # transformers' own limit per file
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The regular file `name` of `directory`: a plain name, not a link that leads out of it.
+
+    The Hub's cache is the one exception: snapshots/REVISION/name may link to ../../blobs/HASH.
+    """
+    root, path = directory.resolve(), directory / name
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        raise UserError(f"{directory}: {name!r} is not a plain file name; a checkpoint may only name files of its own directory")
+    real = path.resolve()
+    if real.parent != root and not (root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"):
+        raise UserError(f"{path} leads out of its directory, to {real}; copy the file in place of the link")
+    if not real.is_file():
+        raise UserError(f"{path} does not exist or is not a regular file")
+    return real
+
+
+def _json(directory: Path, name: str) -> dict:
+    path = _inside(directory, name)
+    try:
+        out = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as e:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} is not readable JSON: {e}") from e
+    if not isinstance(out, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(out).__name__}")
+    return out
+
+
+def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, bool]:
+    """config.json -> (model, whether it is a reward model). Raises UserError for anything we would read over."""
+    c = dict(config)
+    known = ", ".join(f"{f.HF['causal']} and {f.HF['classifier']}" for f in FAMILIES.values())
+    names, kind = c.get("architectures"), c.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise UserError(f"{path}: model_type {kind!r} is not supported; jaxalign reads {known}")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in (family.HF["causal"], family.HF["classifier"]):
+        raise UserError(f"{path}: architectures {names!r} is not supported; jaxalign reads {known}")
+    reward = names[0] == family.HF["classifier"]
+    if reward:
+        labels = c.get("num_labels", len(c["id2label"]) if isinstance(c.get("id2label"), dict) else None)
+        if labels != 1:
+            raise UserError(f"{path}: a reward model has num_labels 1, this classifier has {labels}")
+    try:
+        for field, allowed in family.HF_FIXED.items():
+            value = c.pop(field, allowed[0])
+            if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
+                raise UserError(f"{path}: {field} {value!r} is not supported; it may be {' or '.join(map(repr, allowed))}")
+        cfg = dataclasses.replace(family.from_hf(c), **overrides)
+    except KeyError as e:
+        raise UserError(f"{path} lacks the field {e.args[0]!r}") from e
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as e:
+        raise UserError(f"{path} does not describe a model: {e}") from e
+    except UserError as e:
+        raise UserError(f"{path}: {e}" if str(path) not in str(e) else str(e)) from e
+    for field in dataclasses.fields(cfg):
+        value, want = getattr(cfg, field.name), field.type.split(" ")[0]
+        good = {"int": type(value) is int and value > 0, "float": type(value) in (int, float) and 0 < value < math.inf, "bool": type(value) is bool}
+        if not good.get(want, True):
+            raise UserError(f"{path} gives {value!r} for {field.name}; it must be a positive {want}" if want != "bool" else f"{path}: {field.name} {value!r} is not true or false")
+    # What is null, false or empty asks for nothing.
+    if left := sorted(k for k, v in c.items() if not HARMLESS.fullmatch(k) and v not in (None, False, "", [], {})):
+        raise UserError(f"{path}: {', '.join(f'{k} = {c[k]!r}' for k in left)}: not supported, and ignoring it would load another model; remove it if it changes nothing")
+    return FamilyModel(family, dataclasses.replace(cfg, tied=True) if reward and hasattr(cfg, "tied") else cfg), reward
+
+
+def model(directory, **overrides) -> FamilyModel:
+    """The model that a directory's config.json describes, without its weights.
+
+    overrides: fields of the family's Config that HF does not have (dtype of activations, scan, remat).
+    """
+    directory = Path(directory)
+    return _model(directory / "config.json", _json(directory, "config.json"), overrides)[0]
+
+
+def _tensors(directory: Path, stack: contextlib.ExitStack) -> dict:
+    """{tensor name: (file name, open file)}; every header has been parsed and checked by then."""
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    if os.path.lexists(directory / single):
+        wanted = {single: None}
+    elif os.path.lexists(directory / index):
+        wanted = {}
+        weight_map = _json(directory, index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise UserError(f"{directory / index}: weight_map must map tensor names to file names")
+        for name, file in weight_map.items():
+            wanted.setdefault(file, set()).add(name)
+    else:
+        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        hint = f"; {pickled[0]} is a pickle, which can run code and is never opened: convert it to safetensors where you trust it" if pickled else ""
+        raise UserError(f"{directory} holds neither {single} nor {index}{hint}")
+    out, wrong = {}, []
+    for file, names in wanted.items():
+        f = stack.enter_context(_open(_inside(directory, file)))
+        found = set(f.keys())
+        if names is not None and found != names:
+            wrong += [f"{file} lacks {n}" for n in sorted(names - found)] + [f"{file} holds {n}, which the index does not list there" for n in sorted(found - names)]
+        out.update({n: (file, f) for n in found})
+    if wrong:
+        raise UserError(f"{directory / index} does not match its files: {_list(wrong)}")
+    return out
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="np")
+    except Exception as e:  # SafetensorError has no stable base class
+        raise UserError(f"{path} is not a valid safetensors file: {e}") from e
+
+
+def _list(lines: list[str], limit: int = 50) -> str:
+    return "; ".join(lines[:limit]) + (f"; and {len(lines) - limit} more" if len(lines) > limit else "")
+
+
+def _names(family, cfg, specs: Tree, reward: bool, prefix: str) -> dict[str, list[tuple[str, tuple, bool]]]:
+    """{our leaf: [(HF name, index into the leaf, transposed), ...]}."""
+    table = dict(family.hf_names(cfg))
+    if reward:
+        table = {f"trunk/{k}": v for k, v in table.items() if k != "unembed"} | {"head/weight": ("score.weight", False)}
+    out = {}
+    for path, spec in tree.flat(specs, is_leaf=is_spec).items():
+        name, transposed = table[path]
+        lead = spec.shape[: name.count("{}")]
+        if prefix != family.HF["prefix"]:
+            name = name.removeprefix(family.HF["prefix"])
+        out[path] = [(name.format(*i), i, transposed) for i in itertools.product(*map(range, lead))]
+    return out
+
+
+def _head(dim: int) -> dict:
+    return {"weight": Spec((1, dim), (None, None))}
+
+
+def _check(where, tensors: dict, names: dict, specs: dict, cfg, family, reward: bool):
+    """Everything that is wrong, in one UserError, before a byte of weights is read."""
+    want = {}
+    for path, entries in names.items():
+        for name, index, transposed in entries:
+            shape = specs[path].shape[len(index) :]
+            want[name] = shape[::-1] if transposed else shape
+    wrong = [f"missing {n} {list(s)}" for n, s in want.items() if n not in tensors]
+    for name in sorted(set(tensors)):
+        file, f = tensors[name]
+        if name in want:
+            view = f.get_slice(name)
+            if tuple(view.get_shape()) != want[name]:
+                wrong.append(f"{name} has shape {list(view.get_shape())}, the config needs {list(want[name])}")
+            elif view.get_dtype() not in DTYPES:
+                wrong.append(f"{name} is {view.get_dtype()}, jaxalign reads {', '.join(DTYPES)}")
+        elif re.search(family.HF_BUFFERS, name):
+            continue
+        elif name == "lm_head.weight" and not reward:  # here the config says tied, or the name would be wanted
+            embed = names["embed"][0][0]
+            if embed in tensors and not _same(tensors[embed][1], embed, f, name):
+                wrong.append("lm_head.weight differs from the embedding although the config ties them; set tie_word_embeddings to false")
+        else:
+            wrong.append(f"unexpected {name} in {file}")
+    if wrong:
+        raise UserError(f"{where} does not fit its config.json: {_list(wrong)}")
+
+
+def _read(f, name: str) -> np.ndarray:
+    try:
+        return f.get_tensor(name)
+    except Exception as e:
+        raise UserError(f"cannot read tensor {name}: {e}") from e
+
+
+def _same(f, a: str, g, b: str) -> bool:
+    a, b = _read(f, a), _read(g, b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | None = None, **overrides) -> tuple[FamilyModel, Tree]:
+    """A Hugging Face directory -> (model, params).
+
+    dtype: of the params; None keeps the file's. With a mesh each leaf goes straight to its shards; one leaf at a time is
+    held in host memory. overrides: as in `model`. A reward model (``*ForSequenceClassification`` with one label) gives
+    params {"trunk": ..., "head": {"weight" [D], "bias" []}}; its trunk is tied, since it has no lm_head.
+
+    Raises UserError, before reading any weight, with everything that is missing, unexpected or misshaped, and for config
+    fields that we do not implement. Sources: safetensors format 0.x; config.json of transformers 4 and 5.
+    """
+    directory = Path(directory)
+    config = _json(directory, "config.json")
+    made, reward = _model(directory / "config.json", config, overrides)
+    family, cfg = made.family, made.config
+    specs = made.specs()
+    specs = {"trunk": specs, "head": _head(cfg.dim)} if reward else specs
+    flat, out = tree.flat(specs, is_leaf=is_spec), {}
+    with contextlib.ExitStack() as stack:
+        tensors = _tensors(directory, stack)
+        # GPT2Model saved without its head (openai-community/gpt2 itself) has no prefix.
+        prefix = family.HF["prefix"] if any(n.startswith(family.HF["prefix"]) for n in tensors) else ""
+        if cfg.layers > len(tensors):  # before anything is made per layer: the number may be a hostile one
+            raise UserError(f"{directory}: config.json asks for {cfg.layers} layers, the checkpoint holds {len(tensors)} tensors in all")
+        names = _names(family, cfg, specs, reward, prefix)
+        _check(directory, tensors, names, flat, cfg, family, reward)
+        for path, spec in flat.items():
+            kinds = {DTYPES[tensors[n][1].get_slice(n).get_dtype()] for n, *_ in names[path]}
+            if dtype is None and len(kinds) > 1:
+                raise UserError(f"{directory}: the layers of {path} have several dtypes ({', '.join(sorted(kinds))}); give one dtype to load them in")
+            host = np.empty(spec.shape, jnp.dtype(dtype or kinds.pop()))
+            for name, index, transposed in names[path]:
+                value = _read(tensors[name][1], name)
+                host[index] = value.T if transposed else value
+            out[path] = _place(host, spec, mesh, rules)
+    params = tree.unflat(out)
+    if reward:
+        bias = config.get("jaxalign_score_bias", 0.0)
+        if type(bias) not in (int, float) or not math.isfinite(bias):
+            raise UserError(f"{directory}/config.json: jaxalign_score_bias {bias!r} is not a number")
+        weight = params["head"]["weight"]
+        params["head"] = {"weight": _place(np.asarray(weight)[0], Spec(weight.shape[1:], (None,)), mesh, rules)}
+        params["head"]["bias"] = _place(np.asarray(bias, weight.dtype), Spec((), ()), mesh, rules)
+    return made, params
+
+
+def _place(host: np.ndarray, spec: Spec, mesh, rules):
+    if mesh is None:
+        return jnp.asarray(host)
+    return jax.make_array_from_callback(host.shape, NamedSharding(mesh, shard.partition(spec, mesh, rules)), lambda i: host[i])
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: str | None = None, drop_bias: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config.json (spelling of transformers 5), generation_config.json and model.safetensors, in shards with an
+    index above `shard_bytes`. In a multi-process run every process must call it; process 0 writes.
+
+    dtype: of the file; None keeps the params'. tokenizer: anything with bos_id, eos_id, pad_id; they go into the configs.
+    params {"trunk", "head"} are written as ``*ForSequenceClassification`` with one label. Its score layer has no bias in
+    transformers. A constant shifts all scores alike and orders nothing, but it is never dropped silently: a nonzero bias
+    raises UserError unless `drop_bias`, which writes it to config.json as jaxalign_score_bias, where `load` finds it.
+    transformers scores the last token that is not pad_token_id: give it texts padded on the right with another token.
+    """
+    family, cfg = model.family, model.config
+    reward = set(params) == {"trunk", "head"}
+    config = {**family.to_hf(cfg), **{k: v[0] for k, v in family.HF_FIXED.items()}, "model_type": family.HF["model_type"], "use_cache": True}
+    config["architectures"] = [family.HF["classifier" if reward else "causal"]]
+    specs = model.specs()
+    if reward:
+        bias = float(_host(params["head"]["bias"]))
+        if bias and not drop_bias:
+            raise UserError(f"the reward head has bias {bias:g}, and {config['architectures'][0]} has none; pass drop_bias=True to leave it out (scores shift, their order stays)")
+        config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} | ({"jaxalign_score_bias": bias} if bias else {})
+        specs = {"trunk": {k: v for k, v in specs.items() if k != "unembed"}, "head": _head(cfg.dim)}
+        params = {"trunk": {k: v for k, v in params["trunk"].items() if k != "unembed"}, "head": {"weight": params["head"]["weight"][None]}}
+    flat, leaves = tree.flat(specs, is_leaf=is_spec), tree.flat(params)
+    if wrong := [f"missing {p}" for p in flat if p not in leaves] + [f"unexpected {p}" for p in leaves if p not in flat]:
+        raise UserError(f"these params are not those of the model: {_list(wrong)}")
+    if wrong := [f"{p} is {leaves[p].shape}, not {s.shape}" for p, s in flat.items() if leaves[p].shape != s.shape]:
+        raise UserError(f"these params are not those of the model: {_list(wrong)}")
+    kinds = {p: jnp.dtype(dtype or leaves[p].dtype) for p in flat}
+    if odd := sorted({k.name for k in kinds.values()} - set(DTYPES.values())):
+        raise UserError(f"cannot write {', '.join(odd)}; merge or dequantise the params first, or give dtype")
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_id", None) for k in ("bos", "eos", "pad")}
+    ids = {k: v for k, v in ids.items() if v is not None}
+    config |= {"dtype": max((k.name for k in kinds.values()), key=[k.name for k in kinds.values()].count), **ids}
+
+    # Files are planned from the shapes, so that only one of them is ever held in host memory.
+    names = _names(family, cfg, specs, reward, family.HF["prefix"])
+    plan, room = [[]], shard_bytes
+    for path, spec in flat.items():
+        for name, index, transposed in names[path]:
+            size = math.prod(spec.shape[len(index) :]) * kinds[path].itemsize
+            if size > room and plan[-1]:
+                plan.append([])
+                room = shard_bytes
+            plan[-1].append((path, name, index, transposed, size))
+            room -= size
+    directory, first = Path(directory), jax.process_index() == 0
+    if first:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("model*.safetensors*"):  # else a stale shard would be read with the new ones
+            old.unlink()
+    files = ["model.safetensors"] if len(plan) == 1 else [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
+    for file, entries in zip(files, plan):
+        tensors, host = {}, (None, None)
+        for path, name, index, transposed, _ in entries:
+            if host[0] != path:
+                host = (path, _host(leaves[path]).astype(kinds[path]))
+            value = host[1][index]
+            tensors[name] = np.ascontiguousarray(value.T if transposed else value)  # safetensors writes the raw buffer
+        if first:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+    if not first:
+        return
+    if len(plan) > 1:
+        total = sum(e[-1] for entries in plan for e in entries)
+        _dump(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {e[1]: f for f, entries in zip(files, plan) for e in entries}})
+    if not reward:
+        _dump(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    _dump(directory / "config.json", config)
+
+
+def _host(x) -> np.ndarray:
+    if getattr(x, "is_fully_addressable", True):
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _dump(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

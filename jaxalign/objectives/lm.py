@@ -1,0 +1,28 @@
+"""Cross entropy: pretraining and supervised fine-tuning differ only in the mask of their batches."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxalign.ops.logprob import before, linear_ce, targets
+from jaxalign.types import Loss, Model, Objective, Term, Tokens
+
+
+def cross_entropy(model: Model, params, batch: Tokens, *, smoothing: float = 0.0, z_loss: float = 0.0):
+    """(CrossEntropy sums, number of targets, auxiliary terms of the model). Shared by `lm` and PPO-ptx."""
+    h = model.hidden(params, batch.tokens, batch.segments, batch.positions)
+    mask = targets(batch.mask, batch.segments)
+    ce = linear_ce(before(h.x, batch.segments), model.unembed(params), batch.tokens, mask, smoothing=smoothing, z_loss=z_loss)
+    return ce, mask.sum(), h.aux
+
+
+def lm(model: Model, *, smoothing: float = 0.0, z_loss: float = 0.0) -> Objective:
+    """Token-global negative log-likelihood: sum over the targets of the whole step / their number (methods.md 1.1, 2)."""
+
+    def loss(params, frozen, aux, batch: Tokens, key, stats) -> Loss:
+        ce, n, extra = cross_entropy(model, params, batch, smoothing=smoothing, z_loss=z_loss)
+        ce_, n_ = jax.lax.stop_gradient((ce, n))
+        metrics = {"nll": (ce_.nll, n_), "entropy": (ce_.entropy, n_), "mean_token_accuracy": (ce_.correct, n_)}
+        return Loss({"lm": Term(ce.total, n), **extra}, metrics)
+
+    return Objective(loss)

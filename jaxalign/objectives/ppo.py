@@ -1,0 +1,97 @@
+"""Proximal policy optimisation on `Experience` (Schulman et al. 1707.06347; Ziegler et al. 1909.08593; InstructGPT).
+
+params are {"policy": ..., "value": ...}; "value" is a head on the policy's trunk, or a network of its own.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.objectives.lm import cross_entropy
+from jaxalign.ops import nn
+from jaxalign.ops.logprob import before, logprob, targets
+from jaxalign.types import Experience, Loss, Model, Objective, ScalarModel, Term
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip):
+    """(loss, clipped), f32[B,T]: max(-A r, -A clip(r, 1-e, 1+e)) with r = exp(logp - old) (1707.06347 eq. 7)."""
+    ratio = jnp.exp(jnp.where(mask > 0, logp - old_logp, 0.0))
+    plain, cut = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
+    return jnp.maximum(plain, cut), (cut > plain).astype(jnp.float32)
+
+
+def value_loss(values, old_values, returns, clip):
+    """(loss, clipped), f32[B,T]: 1/2 max((V-R)^2, (clip(V, V_old +- e) - R)^2) (lm-human-preferences)."""
+    near = jnp.clip(values, old_values - clip, old_values + clip)
+    plain, cut = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * jnp.maximum(plain, cut), (cut > plain).astype(jnp.float32)
+
+
+def policy_and_values(model: Model, value: ScalarModel | None, params, batch, *, temperature=1.0):
+    """(LogProbs of batch.tokens, values before each token f32[B,T]) by one forward, two if the critic is separate.
+
+    Used for the loss and for the old log-probs and values of `rl.experience`: one forward for both, so that the first
+    minibatch has ratio 1.
+    """
+    h = model.hidden(params["policy"], batch.tokens, batch.segments, batch.positions)
+    mask = targets(batch.mask, batch.segments)
+    out = logprob(before(h.x, batch.segments), model.unembed(params["policy"]), batch.tokens, mask, temperature=temperature)
+    v = nn.scalar(params["value"], h.x) if value is None else value.scores(params["value"], batch.tokens, batch.segments, batch.positions)
+    return out, before(v, batch.segments) * mask
+
+
+def ppo(
+    model: Model,
+    value: ScalarModel | None = None,
+    *,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    ratio_threshold: float = 10.0,
+    ptx_coef: float = 0.0,
+) -> Objective:
+    """Clipped policy and value losses, token means over the step. value=None: the critic is a head on the policy.
+
+    A batch is an `Experience`, or {"ppo": Experience, "ptx": Tokens} when pretraining gradients are mixed in
+    (PPO-ptx, InstructGPT eq. 2). When the mean ratio of a (micro-)batch passes `ratio_threshold` its PPO terms are
+    dropped, as in TRL.
+    """
+
+    def loss(params, frozen, aux, batch, key, stats) -> Loss:
+        mixed = isinstance(batch, dict)
+        exp: Experience = batch["ppo"] if mixed else batch
+        mask = targets(exp.mask, exp.segments)
+        n = mask.sum()
+        out, values = policy_and_values(model, value, params, exp, temperature=temperature)
+        pg, pg_clipped = policy_loss(out.logp, exp.logp, exp.advantages, mask, clip)
+        vf, vf_clipped = value_loss(values, exp.values, exp.returns, value_clip)
+        d = jnp.where(mask > 0, out.logp - exp.logp, 0.0)
+        ratio = jnp.exp(jax.lax.stop_gradient(d))
+        keep = ((mask * ratio).sum() <= ratio_threshold * jnp.maximum(n, 1)).astype(jnp.float32)
+        terms = {
+            "policy": Term(keep * (mask * pg).sum(), n),
+            "value": Term(keep * (mask * vf).sum(), n, value_coef),
+        }
+        if entropy_coef:
+            terms["entropy"] = Term(-keep * out.entropy.sum(), n, entropy_coef)
+        mean = lambda x: jax.lax.stop_gradient(((mask * x).sum(), n))
+        metrics = {
+            "policy/approxkl_avg": mean(0.5 * d**2),
+            "policy/clipfrac_avg": mean(pg_clipped),
+            "policy/entropy_avg": mean(out.entropy),
+            "loss/policy_avg": mean(pg),
+            "loss/value_avg": mean(vf),
+            "val/clipfrac_avg": mean(vf_clipped),
+            "val/ratio": mean(ratio),
+            "val/dropped": (1 - keep, jnp.ones(())),
+        }
+        if mixed and ptx_coef:
+            ce, tokens, _ = cross_entropy(model, params["policy"], batch["ptx"])
+            terms["ptx"] = Term(ce.total, tokens, ptx_coef)
+            metrics["loss/ptx_avg"] = jax.lax.stop_gradient((ce.nll, tokens))
+        return Loss(terms, metrics)
+
+    return Objective(loss)

@@ -1,0 +1,218 @@
+"""Specs, initialisation, the einsum door, norms, rope and the layer stack.
+
+A model is a nested dict of `Spec`; init, shardings, shape checks, import and counts are maps over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any, Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import tree
+from jaxalign.types import Tree
+
+Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+# -- specs ----------------------------------------------------------------------------------------------------------
+
+
+def normal(std: float) -> Init:
+    """N(0, std^2). Drawn flat and then shaped: the values are the same and high ranks compile an order slower."""
+    return lambda key, shape, dtype: (std * jax.random.normal(key, (int(np.prod(shape)),), jnp.float32)).reshape(shape).astype(dtype)
+
+
+def zeros(key, shape, dtype):
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key, shape, dtype):
+    return jnp.ones(shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One weight: shape, a logical axis name (or None) per dimension, and how to draw it."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Init = zeros
+
+    def __post_init__(self):
+        assert len(self.shape) == len(self.axes), f"{self.shape} has {len(self.axes)} axis names"
+
+
+def is_spec(x) -> bool:
+    return isinstance(x, Spec)
+
+
+def fold(key: jax.Array, *what) -> jax.Array:
+    """The key of a purpose: strings enter by their crc32, integers (static or traced) as they are."""
+    for w in what:
+        key = jax.random.fold_in(key, zlib.crc32(w.encode()) if isinstance(w, str) else w)
+    return key
+
+
+def init(specs: Tree, key: jax.Array, dtype="float32") -> Tree:
+    """Draw every weight from the key folded with its own name: adding one weight changes no other."""
+    return tree.map_named(lambda path, s: s.init(fold(key, path), s.shape, jnp.dtype(dtype)), specs, is_leaf=is_spec)
+
+
+def stacked(specs: Tree, layers: int) -> Tree:
+    """Specs of one layer -> specs of L of them, leaves [L, ...]."""
+    return jax.tree.map(lambda s: Spec((layers, *s.shape), ("layers", *s.axes), s.init), specs, is_leaf=is_spec)
+
+
+def count(specs: Tree) -> int:
+    """Number of parameters."""
+    return sum(int(np.prod(s.shape)) for s in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+# -- what models return ---------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Hidden:
+    x: jax.Array  # f[B,T,D], after the last norm
+    cache: Any = None
+    aux: dict = flax.struct.field(default_factory=dict)  # name -> Term
+
+
+@flax.struct.dataclass
+class Unembed:
+    """logits = softcap * tanh((scale * x @ weight.T + bias) / softcap); the sampling temperature divides last."""
+
+    weight: jax.Array  # [V,D]
+    bias: jax.Array | None = None  # [V]
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    softcap: float | None = flax.struct.field(pytree_node=False, default=None)
+
+
+# -- weights meet activations ---------------------------------------------------------------------------------------
+
+
+def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
+    """The one door: f[..., I] x [I,O] -> f[..., O], in the dtype of x. Adapters and quantised weights will enter here."""
+    y = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return y if b is None else y + b.astype(x.dtype)
+
+
+def scalar(head, x: jax.Array) -> jax.Array:
+    """f[..., D] -> f32[...]. In f32: rewards are compared, and values regressed, at a finer grain than bf16 has."""
+    return x.astype(jnp.float32) @ head["weight"].astype(jnp.float32) + head["bias"].astype(jnp.float32)
+
+
+def last(x: jax.Array, segments: jax.Array) -> jax.Array:
+    """x [B,T] at each row's last token that is not padding, by position: EOS may equal PAD. -> [B]"""
+    index = segments.shape[1] - 1 - jnp.argmax((segments != 0)[:, ::-1], axis=1)
+    return jnp.take_along_axis(x, index[:, None], 1)[:, 0]
+
+
+def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+    """[V,D], i32[B,T] -> [B,T,D]. Ids are checked on the host: out of range would clamp silently here."""
+    return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale, in f32 (Zhang & Sennrich 2019, 1910.07467)."""
+    f = x.astype(jnp.float32)
+    return (f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / std * scale + bias, in f32 (Ba et al. 2016, 1607.06450)."""
+    f = x.astype(jnp.float32)
+    f = f - jnp.mean(f, -1, keepdims=True)
+    f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)
+    return (f * scale + bias).astype(x.dtype)
+
+
+def rope_table(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """i32[B,T] -> cos, sin f32[B,T,1,H/2] (Su et al. 2021, 2104.09864; half-split layout, as in Llama's HF weights)."""
+    freq = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = positions[..., None, None].astype(jnp.float32) * freq
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate [B,T,N,H] by its positions."""
+    cos, sin = (t.astype(x.dtype) for t in table)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+# -- layers ---------------------------------------------------------------------------------------------------------
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def unstack(params: Tree, layers: int) -> list[Tree]:
+    """Leaves [L, ...] -> L trees. `lax.split` transposes to one concatenation; indexing would add L padded copies."""
+    leaves, treedef = jax.tree.flatten(params)
+    pieces = [[p.reshape(p.shape[1:]) for p in jax.lax.split(x, [1] * layers)] for x in leaves]
+    return [treedef.unflatten(p) for p in zip(*pieces)]
+
+
+def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, remat: str = "none"):
+    """x through L layers: block(params_l, x, cache_l) -> (x, cache_l).
+
+    scan=True compiles one layer (deep models); False unrolls them, which is faster where L is small, above all when
+    decoding, because a scan copies each layer's cache in and out. The cache is stacked or a tuple accordingly.
+    """
+    if REMAT[remat] is not None:
+        block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(lambda h, pc: block(pc[0], h, pc[1]), x, (params, cache))
+    out = []
+    for p, c in zip(unstack(params, layers), cache or (None,) * layers):
+        x, c = block(p, x, c)
+        out.append(c)
+    return x, (tuple(out) if cache is not None else None)
+
+
+# -- key/value cache ------------------------------------------------------------------------------------------------
+
+
+def init_cache(layers: int, batch: int, size: int, kv_heads: int, width: int, dtype, scan: bool) -> Tree:
+    """Slots are written in order for all rows at once; a slot whose segment is 0 is a hole that nobody sees."""
+    shape = (batch, size, kv_heads, width)
+    if scan:
+        kv = {"k": jnp.zeros((layers, *shape), dtype), "v": jnp.zeros((layers, *shape), dtype)}
+    else:
+        kv = tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(layers))
+    return {"layers": kv, "segments": jnp.zeros((batch, size), jnp.int32), "length": jnp.zeros((), jnp.int32)}
+
+
+def cache_open(cache: Tree, segments: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
+    """Make room for T new tokens: (cache with their segments, kv segments [B,S], index of the first new slot)."""
+    start = cache["length"]
+    seg = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments, start, axis=1)
+    return {**cache, "segments": seg, "length": start + segments.shape[1]}, seg, start
+
+
+def cache_write(kv: dict, k: jax.Array, v: jax.Array, start: jax.Array) -> dict:
+    return {
+        "k": jax.lax.dynamic_update_slice_in_dim(kv["k"], k.astype(kv["k"].dtype), start, axis=1),
+        "v": jax.lax.dynamic_update_slice_in_dim(kv["v"], v.astype(kv["v"].dtype), start, axis=1),
+    }
+
+
+def cache_grow(cache: Tree, size: int) -> Tree:
+    """The same cache with `size` slots: prefill attends over the prompt alone, decoding over what it needs."""
+    extra = size - cache["segments"].shape[1]
+
+    def pad(x):
+        axis = x.ndim - 3  # [.., S, K, H]
+        return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
+
+    return {**cache, "layers": jax.tree.map(pad, cache["layers"]), "segments": jnp.pad(cache["segments"], ((0, 0), (0, extra)))}

@@ -1,0 +1,186 @@
+"""The one loop: draw a batch, step, write the numbers, save. It cannot tell pretraining from PPO.
+
+Everything that decides the next step is in the checkpoint: the state, the source's position (with the experience in
+flight), the count of skipped steps and the byte offsets of the log files. So a killed run goes on as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from typing import Any, Callable
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxalign import shard, tree
+from jaxalign.train import state as states
+from jaxalign.train.checkpoint import Checkpoints
+from jaxalign.train.log import Progress, RunLog
+from jaxalign.train.state import TrainState
+from jaxalign.types import Source, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    steps: int
+    save_every: int = 0  # 0: at the end only
+    eval_every: int = 0  # 0: at the end only, if there is an evaluation
+    log_every: int = 1
+    max_skipped: int = 10  # consecutive non-finite steps before giving up
+    keep: int = 2  # checkpoints
+
+    def __post_init__(self):
+        if self.steps < 1 or self.log_every < 1 or min(self.save_every, self.eval_every) < 0 or self.keep < 1:
+            raise UserError(f"train needs steps, log_every and keep >= 1, save_every and eval_every >= 0; got {self}")
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGINT: the run saved and stopped. Exit code 143."""
+
+    def __init__(self):
+        super().__init__(143)
+
+
+@contextlib.contextmanager
+def _stop_signal():
+    """Yields a function that says whether SIGTERM or SIGINT has come. A second signal acts at once."""
+    seen: list[int] = []
+
+    def handler(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread (notebooks, tests): signals are somebody else's
+        yield lambda: False
+        return
+    try:
+        yield lambda: _agree(bool(seen))
+    finally:
+        for s, h in old.items():
+            signal.signal(s, h)
+
+
+def _agree(flag: bool) -> bool:
+    """The same answer on every process: a lone one that stops would leave the others waiting in a collective."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def resume(state: TrainState, source: Source, checkpoints: Checkpoints, log: RunLog, mesh) -> tuple[TrainState, dict]:
+    """(state, loop meta) from the newest checkpoint that verifies; the fresh state and {} where there is none.
+
+    A damaged newest checkpoint falls back to the previous good one, with an event. Raises DamagedCheckpoint when
+    checkpoints exist and none verifies: never a silent restart.
+    """
+    step, damaged = checkpoints.latest_good()
+    for bad, why in damaged.items():
+        log.event("damaged_checkpoint", step=bad, reason=str(why))
+    if step is None:
+        return state, {}
+    if damaged:
+        checkpoints.rewind(step)
+    rows = NamedSharding(mesh, P(shard.ACTIVATIONS["batch"]))
+
+    def place(x):
+        fits = len(x.shape) > 0 and x.shape[0] % shard.batch_shards(mesh) == 0
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if fits else shard.replicated(mesh))
+
+    saved = checkpoints.structure(step)
+    target = {"state": states.abstract(state), "source": jax.tree.map(place, saved.get("source") or {})}
+    arrays, meta = checkpoints.restore(step, target)
+    source.load_state_dict({**meta["source"], "arrays": arrays["source"] or None})
+    log.truncate(meta["offsets"])
+    log.event("resume", step=step)
+    return arrays["state"], meta
+
+
+def train(
+    state: TrainState,
+    step: Callable,
+    source: Source,
+    frozen: dict,
+    loop: Loop,
+    *,
+    mesh,
+    log: RunLog,
+    checkpoints: Checkpoints | None = None,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    flops_per_token: float | None = None,
+    peak_flops: float | None = None,
+    name: str = "train",
+    fingerprint: str = "",
+) -> TrainState:
+    """Run to `loop.steps`, from the newest checkpoint if there is one. Returns the last state.
+
+    Raises UserError after `max_skipped` non-finite steps in a row, Interrupted on SIGTERM or SIGINT after saving.
+    """
+    meta: dict[str, Any] = {}
+    if checkpoints is not None:
+        state, meta = resume(state, source, checkpoints, log, mesh)
+        if meta.get("fingerprint", fingerprint) != fingerprint:
+            raise UserError("the config of this run differs from the one that its checkpoint was made with in what shapes training; use a fresh --workdir, or restore the old config")
+    begin = done = int(state.step)
+    if begin >= loop.steps:
+        log.event("already_complete", step=begin)
+        return state
+    skipped = meta.get("skipped", {"in_a_row": 0, "total": 0})
+    progress = Progress(name, loop.steps, start=begin, flops_per_token=flops_per_token, peak_flops=peak_flops)
+    count_tokens = jax.jit(lambda segments: sum((s != 0).sum() for s in segments))
+    clock, seconds = time.perf_counter, {"data": 0.0, "step": 0.0, "eval": 0.0, "save": 0.0}
+
+    @contextlib.contextmanager
+    def timed(phase):
+        t = clock()
+        yield
+        seconds[phase] += clock() - t
+
+    def save():
+        with timed("save"):
+            d = source.state_dict()
+            arrays = {"state": state, "source": d.pop("arrays", {})}
+            checkpoints.save(done, arrays, {"source": d, "skipped": skipped, "offsets": log.offsets(), "fingerprint": fingerprint})
+
+    with _stop_signal() as stopping, jax.set_mesh(mesh):
+        while done < loop.steps:
+            with timed("data"):
+                batch = shard.place(source.next(state), mesh)
+                tokens = count_tokens([x for n, x in tree.flat(batch).items() if n.split("/")[-1] == "segments"])
+            with timed("step"):
+                state, metrics = step(state, frozen, batch)
+                metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            done += 1
+            numbers = {**metrics, "num_tokens": int(tokens), **getattr(source, "metrics", dict)()}
+            bad = metrics["skipped"] > 0
+            skipped = {"in_a_row": skipped["in_a_row"] + 1 if bad else 0, "total": skipped["total"] + bad}
+            if bad:
+                log.event("skipped_step", step=done, loss=metrics["loss"], grad_norm=metrics["grad_norm"], in_a_row=skipped["in_a_row"])
+            last = done == loop.steps
+            if evaluate is not None and (last or (loop.eval_every and done % loop.eval_every == 0)):
+                with timed("eval"):
+                    numbers |= {f"eval/{k}": v for k, v in evaluate(state).items()}
+            if last or done % loop.log_every == 0 or bad:
+                log.metrics(done, numbers)
+            if rows := getattr(source, "samples", list)():
+                log.samples(done, rows)
+            progress.update(done, metrics["loss"], int(tokens))
+            if skipped["in_a_row"] >= loop.max_skipped:
+                raise UserError(f"{name}: {skipped['in_a_row']} steps in a row had a loss or gradient that is not finite, the last at step {done}; params are those before them. Lower optim.lr, or look for the batch in {log.workdir}/events.jsonl")
+            stop = stopping()
+            if checkpoints is not None and (last or stop or (loop.save_every and done % loop.save_every == 0)):
+                save()
+                log.timings(done, {**seconds, **progress.rates()})
+            if stop:
+                log.event("interrupted", step=done)
+                raise Interrupted()
+        progress.close()
+    return state

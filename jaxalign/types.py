@@ -1,0 +1,168 @@
+"""The batches and protocols that cross rooms. Imports neither jax nor flax.
+
+Letters, the same everywhere: B batch, T time, S keys, D model, N query heads, K key/value heads (or candidates in a
+ranking), H head width, F hidden, V vocabulary, L layers.
+
+Index t speaks of token t: ``mask[:, t] = 1`` makes token t a target, ``logp[:, t] = log p(token_t | tokens_<t)``.
+Masks are by position, never by token id, so PAD may equal EOS. The first token of a segment is never a target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, NamedTuple, Protocol
+
+Array = Any  # numpy on the host, jax.Array on the device
+Tree = Any  # any pytree
+Metrics = dict[str, tuple[Array, Array]]  # name -> (total, weight); the reader divides
+
+
+# -- batches: arrays only, host or device ---------------------------------------------------------------------------
+
+
+class Tokens(NamedTuple):
+    """Rows of tokens, one or several documents (segments) each."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]; 1 = token t is a target
+    segments: Array  # i32[B,T]; 1, 2, ... per document, 0 = padding
+    positions: Array  # i32[B,T]; restart at 0 in every segment
+
+
+class Pairs(NamedTuple):
+    """One preference per row. ``mask`` marks the completion. A pair whose completion mask is empty weighs 0."""
+
+    chosen: Tokens
+    rejected: Tokens
+    ref_chosen: Array  # f32[B]; reference log-prob summed over the completion (0 until `rl.reference` fills it)
+    ref_rejected: Array  # f32[B]
+    margin: Array  # f32[B]; how much better (Llama 2); 0 when the data says nothing
+
+
+class Rankings(NamedTuple):
+    """All candidates of one prompt in one batch element."""
+
+    candidates: Tokens  # leaves [B,K,T]
+    rank: Array  # i32[B,K]; smaller is better, equal is a tie
+    valid: Array  # f32[B,K]; 0 = this slot holds no candidate (K varies within a batch)
+
+
+class Prompts(NamedTuple):
+    """What an online source asks the policy to continue. ``records`` stays on the host."""
+
+    tokens: Array  # i32[B,P], padded on the right
+    segments: Array  # i32[B,P]; 1 on the prompt, 0 = padding
+    positions: Array  # i32[B,P]
+    row: Array  # i32[B]; stable id of the draw: random streams are folded from it, never from the batch slot
+    records: tuple[dict, ...] = ()  # the source records, handed to reward functions
+
+
+class Rollout(NamedTuple):
+    """Prompts with their completions, padded on the right."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]; 1 on the completion, its stop token included
+    segments: Array  # i32[B,T]
+    positions: Array  # i32[B,T]
+    logp: Array  # f32[B,T]; under the behaviour policy at the sampling temperature, 0 outside mask
+    row: Array  # i32[B]
+    version: Array  # i32[]; step of the params that sampled
+    truncated: Array  # f32[B]; 1 = ran out of room before a stop token
+
+
+class Experience(NamedTuple):
+    """A rollout with everything PPO's loss reads. All f32[B,T] are 0 outside mask."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]
+    segments: Array  # i32[B,T]
+    positions: Array  # i32[B,T]
+    logp: Array  # f32[B,T]; old policy, by the training forward
+    values: Array  # f32[B,T]; old value before token t is emitted
+    advantages: Array  # f32[B,T]
+    returns: Array  # f32[B,T]
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """One summand of a loss: ``scale * total / weight``, where only `train.step` divides, globally."""
+
+    total: Array  # f32[]; a sum
+    weight: Array  # f32[]; what to divide it by; must not depend on params
+    scale: Array | float = 1.0
+
+
+class Loss(NamedTuple):
+    terms: dict[str, Term]
+    metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What to minimise, made like an optax transformation: ``dpo(model, beta=0.1) -> Objective``.
+
+    loss(params, frozen, aux, batch, key, stats) -> Loss. ``key`` is folded from the root key and the step; ``stats`` is
+    what `stats` returned, summed over the global batch, each already divided by its weight.
+    """
+
+    loss: Callable[..., Loss]
+    stats: Callable[..., Metrics] | None = None
+    init_aux: Callable[[Tree], Tree] | None = None
+    update_aux: Callable[..., Tree] | None = None  # (aux, params, metrics, step) -> aux, once after each update
+    whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
+
+
+# -- models and sources ---------------------------------------------------------------------------------------------
+
+
+class Model(Protocol):
+    """A config and its family's pure functions. Compares and hashes by config, so rebuilding never recompiles."""
+
+    config: Any
+
+    def specs(self) -> Tree:
+        """A nested dict whose leaves are `ops.nn.Spec`."""
+
+    def hidden(self, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> Any:
+        """i32[B,T] -> `ops.nn.Hidden`: x f[B,T,D] after the last norm, the cache written, auxiliary terms."""
+
+    def unembed(self, params) -> Any:
+        """`ops.nn.Unembed`: how hidden states become logits, applied in `ops.logprob`."""
+
+    def init_cache(self, batch: int, size: int) -> Tree:
+        """Empty key/value cache of `size` slots, segments 0."""
+
+
+class ScalarModel(Protocol):
+    """A network with one number per position: reward or value. params {"trunk": ..., "head": ...}."""
+
+    def specs(self) -> Tree: ...
+
+    def scores(self, params, tokens, segments, positions) -> Array:
+        """i32[B,T] -> f32[B,T]; at t it has read tokens up to and with t."""
+
+    def reward(self, params, tokens, segments, positions) -> Array:
+        """f32[B]: the score at each row's last token."""
+
+
+class Source(Protocol):
+    """Yields batches. Offline sources read files; online ones roll out with ``state.params``. The loop cannot tell.
+
+    A batch holds numpy leaves (this process's rows of the global batch) or jax.Arrays (already global).
+    """
+
+    def next(self, state: Any) -> Any: ...
+
+    def state_dict(self) -> dict:
+        """Where we are: JSON values, and under the key "arrays" optionally a pytree of arrays."""
+
+    def load_state_dict(self, d: dict) -> None: ...
+
+
+class UserError(Exception):
+    """Something the user can mend: bad input, config or file. Printed without a traceback; exit code 2.
+
+    The message says where (file, line), what, and how to mend it.
+    """
