@@ -114,8 +114,9 @@ def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
             "accumulate": 1,
             "format": config_dict.placeholder(str),
             "on_bad_row": "error",
-            **({"seq_len": 256, "packing": "bfd", "too_long": "truncate"} if kind == "tokens" else {"max_prompt_len": config_dict.placeholder(int)}),
+            **({"seq_len": 256, "packing": "bfd", "too_long": "truncate"} if kind == "tokens" else {}),
             **({"max_len": config_dict.placeholder(int)} if kind in ("pairs", "rankings") else {}),
+            **({"max_prompt_len": config_dict.placeholder(int)} if kind in ("pairs", "prompts") else {}),
             **({"max_k": config_dict.placeholder(int)} if kind == "rankings" else {}),
         },
         "train": {**fields(run.Loop), "steps": 100},
@@ -171,7 +172,7 @@ def imported(path: str) -> Any:
 def check_finite(c: ConfigDict, where: str = "config") -> None:
     """A locked ConfigDict takes NaN and infinity without a word; we do not."""
     for k in c.keys():
-        v = c.get_oneway_ref(k).get() if False else c.get(k)
+        v = c.get(k)
         if isinstance(v, ConfigDict):
             check_finite(v, f"{where}.{k}")
         elif isinstance(v, float) and not math.isfinite(v):
@@ -362,12 +363,10 @@ class Stage:
     def go(self) -> Tree:
         """Train to the end; returns (and saves) the weights that later stages start from."""
         w, c = self.world, self.config
-        log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard else ())
+        log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
             log.snapshot({**_plain(w.config), "stage": self.name})
-            if points.latest() is None:
-                log.truncate({})
             st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh)
             fn = step.make_step(
                 self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,

@@ -94,13 +94,13 @@ def _reward(w, world, c, name: str) -> dict:
         margins.append(gaps)
         groups.append(np.full(len(gaps), i))
     margins, groups = np.concatenate(margins), np.concatenate(groups)
-    correct = (margins > 0) + 0.5 * (margins == 0)
+    correct = stats.outcomes(margins, np.zeros_like(margins))
     out = {
         "accuracy": float(correct.mean()),
         "interval": list(stats.bootstrap(correct, groups)),
         "pairs": len(margins),
         "prompts": int(groups.max()) + 1,
-        **{k: v for k, v in stats.calibration(margins)._asdict().items()},
+        **stats.calibration(margins, np.zeros_like(margins))._asdict(),
     }
     if world is not None:
         records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
@@ -109,8 +109,8 @@ def _reward(w, world, c, name: str) -> dict:
             gold = world.gold_rewards([r["prompt"]] * len(r["completions"]), r["completions"])
             ranks = np.asarray(r["ranks"])
             gaps = (gold[:, None] - gold[None, :])[ranks[:, None] < ranks[None, :]]
-            hits += list((gaps > 0) + 0.5 * (gaps == 0))
-        out["gold_accuracy"] = float(np.mean(hits))
+            hits.append(stats.outcomes(gaps, np.zeros_like(gaps)))
+        out["gold_accuracy"] = float(np.concatenate(hits).mean())
     return out
 
 
@@ -147,6 +147,6 @@ def _policies(w, world, config, names: list[str], samples: int | None = None) ->
             "samples": [{"prompt": r["prompt"], "completion": t, "gold": float(g)} for r, t, g in list(zip(records, s.completions, gold[name]))[:8]],
         }
         if name != "sft" and "sft" in got:
-            outcome = (gold[name] > gold["sft"]) + 0.5 * (gold[name] == gold["sft"])
-            out[name] |= {"win_rate": float(outcome.mean()), "win_interval": list(stats.bootstrap(outcome, np.arange(n) % len(prompts)))}
+            pair = gold[name], gold["sft"]
+            out[name] |= {"win_rate": stats.win_rate(*pair), "win_interval": list(stats.win_interval(*pair, np.arange(n) % len(prompts)))}
     return out

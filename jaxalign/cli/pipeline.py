@@ -144,8 +144,11 @@ def _label(w, world, config) -> None:
         key = nn.fold(jax.random.key(config.seed), "label", split)
         got = policy.sample(w.model, params, how, build.prompt_rows(w, repeated, 256), w.decode, key, w.mesh, score=False)
         texts = iter(_gathered(got.completions))
-        groups = [[next(texts) for _ in range(k)] for k in ks]
-        rankings = world.rankings(prompts, groups, config.seed + (split == "eval"))
+        # An empty completion, or one with control characters (byte tokens of a young model), is no answer that a person
+        # could rank; it is left out, and so is a prompt left with one.
+        groups = [[t for t in (next(texts) for _ in range(k)) if t.strip() and not rows.unclean(t)] for k in ks]
+        kept = [(p, g) for p, g in zip(prompts, groups) if len(set(g)) > 1]
+        rankings = world.rankings([p for p, _ in kept], [g for _, g in kept], config.seed + (split == "eval"))
         rng, pairs = np.random.default_rng([config.seed, split == "eval"]), []
         for r in rankings:
             order = rng.permutation(len(r["ranks"]))

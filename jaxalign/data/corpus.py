@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxalign.data.examples import Chat, Completion, Example, Preference, Prompt, Ranking, Unusable
 from jaxalign.data.formats import canonical
-from jaxalign.data.rows import Rows, given
 from jaxalign.data.packing import Ragged
+from jaxalign.data.rows import Rows, given
 from jaxalign.data.templates import Template, encode_sequences, segments
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.types import UserError
@@ -87,8 +87,8 @@ def encode(
     if not counts["examples"] or dropped.total() > max_drop * total:
         why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none given"
         raise UserError(
-            f"{dropped.total()} of {total} examples were dropped ({why}), more than max_drop={max_drop:g} allows; raise "
-            "the length limits, mend the data, or raise max_drop"
+            f"{dropped.total()} of {total} examples were dropped ({why}), more than max_drop={max_drop:g} allows; "
+            "raise the length limits, mend the data, or raise max_drop"
         )
     flat = Ragged(
         np.array(ids, np.int32),

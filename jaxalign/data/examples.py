@@ -97,7 +97,7 @@ def turns(said: Sequence[Message], where: str, key: str, last: str, first: str =
 def check(example: Example, where: str) -> Example:
     """The example, if it keeps the rules every reader of ours keeps; for those made by a user's function."""
     if not isinstance(example, EXAMPLES):
-        raise UserError(f"{where}: format= returned a {type(example).__name__}; return an example, e.g. Completion(...)")
+        raise UserError(f"{where}: format= returned a {type(example).__name__}; return an example: Completion(...)")
     match example:
         case Text(text):
             string(text, where, "text")

@@ -18,7 +18,7 @@ import difflib
 import math
 import os
 import re
-from typing import Any, Callable
+from typing import Callable
 
 from jaxalign.data.examples import (
     EXAMPLES, Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text, Unusable,

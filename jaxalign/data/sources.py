@@ -58,7 +58,7 @@ class Offline:
         self.fingerprint = hashlib.sha256(json.dumps(self._parts, sort_keys=True).encode()).hexdigest()
 
     def next(self, state: Any = None) -> Any:
-        """This host's rows of the next batch. After the last epoch, whose last batch ends in empty rows: StopIteration."""
+        """This host's rows of the next batch. After the last epoch (it ends in empty rows) StopIteration."""
         if self._epochs is not None and self._batch * self.batch_size >= self._epochs * self.size:
             raise StopIteration(f"all {self._epochs} epochs are done")
         batch = self._make(*self._draws(self._batch))
@@ -131,7 +131,7 @@ def eval_batches(source: Offline) -> Iterator[Any]:
 
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """i64[size]. Sorts raw Philox words, whose stream numpy promises to keep: `Generator.permutation` it may change."""
-    words = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(size)
+    words = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(size)
     return np.argsort(words, kind="stable")
 
 

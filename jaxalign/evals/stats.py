@@ -68,8 +68,8 @@ def wilson(rate: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + level) / 2)
     centre = rate + z * z / (2 * n)
     reach = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
-    # At rate 0 and 1 the end is exact, but for rounding.
-    return (0.0 if rate == 0 else (centre - reach) / (1 + z * z / n)), (1.0 if rate == 1 else (centre + reach) / (1 + z * z / n))
+    lo, hi = (centre - reach) / (1 + z * z / n), (centre + reach) / (1 + z * z / n)
+    return (0.0 if rate == 0 else lo), (1.0 if rate == 1 else hi)  # exact there, but for rounding
 
 
 # -- pairs ----------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def calibration(chosen, rejected, *, bins: int = 10) -> Calibration:
     right = (d > 0) + 0.5 * (d == 0)
     of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     ece = np.abs(np.bincount(of, weights=right - confidence, minlength=bins)).sum() / len(d)
-    return Calibration(float(ece), float(np.mean((right - confidence) ** 2)), float(np.logaddexp(0, -d).mean()))
+    return Calibration(float(ece), float(np.exp(-2 * np.logaddexp(0, d)).mean()), float(np.logaddexp(0, -d).mean()))
 
 
 def pearson(x, y) -> float:

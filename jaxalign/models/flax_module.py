@@ -42,6 +42,15 @@ def nnx(build: Callable[..., flax_nnx.Module], config: dict | None = None, *, un
     return NNXModel(build, tuple(sorted((config or {}).items())), unembed, bias)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the rest of jaxalign asks of a config; read off the module's own shapes."""
+
+    vocab: int
+    dim: int
+    dtype: str
+
+
 class _Foreign:
     """What both share. A subclass gives `_init(key) -> {path: array}`, `_axes() -> {path: names}` and `_apply`."""
 
@@ -70,22 +79,21 @@ class _Foreign:
         return tree.unflat({path: leaf(path, s) for path, s in self._shapes.items()})
 
     @functools.cached_property
-    def _transposed(self) -> bool:
-        """Whether the unembedding is stored [D,V]: told by the width of the hidden states."""
+    def config(self) -> Sizes:
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        width = jax.eval_shape(lambda p, t: self._apply(p, t, t + 1, t, None), tree.unflat(self._shapes), one).shape[-1]
+        x = jax.eval_shape(lambda p, t: self._apply(p, t, t + 1, t, None), tree.unflat(self._shapes), one)
         for path in filter(None, (self.unembed_path, self.bias_path)):
             if path not in self._shapes:
                 raise UserError(f"the module has no parameter {path!r}; its parameters are {', '.join(self._shapes)}")
-        shape = self._shapes[self.unembed_path].shape
-        if len(shape) != 2 or width not in shape or shape[0] == shape[1]:
-            raise UserError(f"{self.unembed_path} has shape {shape}; an unembedding is [V,{width}] or [{width},V] with V not equal to {width}")
-        return shape[0] == width
+        shape, dim = self._shapes[self.unembed_path].shape, x.shape[-1]
+        if len(shape) != 2 or dim not in shape or shape[0] == shape[1]:
+            raise UserError(f"{self.unembed_path} has shape {shape}; an unembedding is [V,{dim}] or [{dim},V] with V not equal to {dim}")
+        return Sizes(sum(shape) - dim, dim, x.dtype.name)
 
     def unembed(self, params) -> nn.Unembed:
-        leaves, transposed = tree.flat(params), self._transposed
+        dim, leaves = self.config.dim, tree.flat(params)
         weight = leaves[self.unembed_path]
-        return nn.Unembed(weight.T if transposed else weight, leaves[self.bias_path] if self.bias_path else None)
+        return nn.Unembed(weight if weight.shape[1] == dim else weight.T, leaves[self.bias_path] if self.bias_path else None)
 
     def hidden(self, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> nn.Hidden:
         if cache is None:
@@ -108,18 +116,18 @@ class _Foreign:
 
 @dataclasses.dataclass(frozen=True)
 class LinenModel(_Foreign):
-    config: flax_linen.Module
+    module: flax_linen.Module
     unembed_path: str
     bias_path: str | None = None
 
     def _variables(self, key):
         one = jnp.ones((1, 1), jnp.int32)
-        return self.config.init(key, one, one, one - 1)
+        return self.module.init(key, one, one, one - 1)
 
     def _init(self, key):
         variables = self._variables(key)
         if other := sorted(set(variables) - {"params"}):
-            raise UserError(f"{type(self.config).__name__} keeps state in {other[0]!r}; only parameters are supported")
+            raise UserError(f"{type(self.module).__name__} keeps state in {other[0]!r}; only parameters are supported")
         return tree.flat(flax_linen.meta.unbox(variables["params"]))
 
     def _axes(self):
@@ -127,48 +135,48 @@ class LinenModel(_Foreign):
         return tree.flat(flax_linen.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
     def _apply(self, params, tokens, segments, positions, key):
-        return self.config.apply({"params": params}, tokens, segments, positions, rngs=None if key is None else {"dropout": key})
+        return self.module.apply({"params": params}, tokens, segments, positions, rngs=None if key is None else {"dropout": key})
 
 
 @dataclasses.dataclass(frozen=True)
 class NNXModel(_Foreign):
     build: Callable[..., Any]
-    config: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
     unembed_path: str
     bias_path: str | None = None
 
     def _module(self, key):
         # The weights' sharding is ours to decide, in `shard`: NNX would ask for a mesh right here.
         with flax_nnx.use_eager_sharding(False):
-            return self.build(**dict(self.config), rngs=flax_nnx.Rngs(key))
+            return self.build(**dict(self.options), rngs=flax_nnx.Rngs(key))
 
     @functools.cached_property
     def _split(self):
         """(graph, {path: abstract Param}, {path: abstract rng}), paths as tuples."""
         graph, params, rngs, other = flax_nnx.split(flax_nnx.eval_shape(lambda: self._module(0)), flax_nnx.Param, flax_nnx.RngState, ...)
         if other := flax_nnx.to_flat_state(other):
-            raise UserError(f"{self.build.__name__} keeps state in {tree_name(next(iter(other))[0])}; only nnx.Param is supported")
+            raise UserError(f"{self.build.__name__} keeps state in {_name(next(iter(other))[0])}; only nnx.Param is supported")
         return graph, dict(flax_nnx.to_flat_state(params)), dict(flax_nnx.to_flat_state(rngs))
 
     def _init(self, key):
         state = flax_nnx.state(self._module(key), flax_nnx.Param)
-        return {tree_name(path): v[...] for path, v in flax_nnx.to_flat_state(state)}
+        return {_name(path): v[...] for path, v in flax_nnx.to_flat_state(state)}
 
     def _axes(self):
-        return {tree_name(path): v.get_metadata().get("out_sharding") or () for path, v in self._split[1].items()}
+        return {_name(path): v.get_metadata().get("out_sharding") or () for path, v in self._split[1].items()}
 
     def _apply(self, params, tokens, segments, positions, key):
         graph, weights, rngs = self._split
         leaves = tree.flat(params)
-        given = {path: v.replace(leaves[tree_name(path)]) for path, v in weights.items()}
+        given = {path: v.replace(leaves[_name(path)]) for path, v in weights.items()}
         # Dropout keeps a key and a counter in the module; each use gets a key of its own, folded with its path.
         root = jax.random.key(0) if key is None else key
-        fresh = lambda path, v: jnp.zeros((), v.dtype) if isinstance(v, flax_nnx.RngCount) else nn.fold(root, tree_name(path))
+        fresh = lambda path, v: jnp.zeros((), v.dtype) if isinstance(v, flax_nnx.RngCount) else nn.fold(root, _name(path))
         given |= {path: v.replace(fresh(path, v)) for path, v in rngs.items()}
         module = flax_nnx.merge(graph, flax_nnx.from_flat_state(given))
         module.eval() if key is None else module.train()
         return module(tokens, segments, positions)
 
 
-def tree_name(path: tuple) -> str:
+def _name(path: tuple) -> str:
     return "/".join(map(str, path))

@@ -121,7 +121,7 @@ def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, bool
     return FamilyModel(family, dataclasses.replace(cfg, tied=True) if reward and hasattr(cfg, "tied") else cfg), reward
 
 
-def model(directory, **overrides) -> FamilyModel:
+def read_config(directory, **overrides) -> FamilyModel:
     """The model that a directory's config.json describes, without its weights.
 
     overrides: fields of the family's Config that HF does not have (dtype of activations, scan, remat).
@@ -232,7 +232,7 @@ def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | N
     """A Hugging Face directory -> (model, params).
 
     dtype: of the params; None keeps the file's. With a mesh each leaf goes straight to its shards; one leaf at a time is
-    held in host memory. overrides: as in `model`. A reward model (``*ForSequenceClassification`` with one label) gives
+    held in host memory. overrides: as in `read_config`. A reward model (``*ForSequenceClassification`` with one label) gives
     params {"trunk": ..., "head": {"weight" [D], "bias" []}}; its trunk is tied, since it has no lm_head.
 
     Raises UserError, before reading any weight, with everything that is missing, unexpected or misshaped, and for config
@@ -286,12 +286,15 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     """Write config.json (spelling of transformers 5), generation_config.json and model.safetensors, in shards with an
     index above `shard_bytes`. In a multi-process run every process must call it; process 0 writes.
 
-    dtype: of the file; None keeps the params'. tokenizer: anything with bos_id, eos_id, pad_id; they go into the configs.
+    dtype: of the file; None keeps the params'. tokenizer: its bos_id, eos_id and pad_id go into the configs, its files beside.
     params {"trunk", "head"} are written as ``*ForSequenceClassification`` with one label. Its score layer has no bias in
     transformers. A constant shifts all scores alike and orders nothing, but it is never dropped silently: a nonzero bias
     raises UserError unless `drop_bias`, which writes it to config.json as jaxalign_score_bias, where `load` finds it.
     transformers scores the last token that is not pad_token_id: give it texts padded on the right with another token.
     """
+    model = getattr(model, "trunk", model)  # of heads.Scalar
+    if not isinstance(model, FamilyModel):
+        raise UserError(f"{type(model).__name__} has no Hugging Face form; transformers knows the families {', '.join(FAMILIES)}")
     family, cfg = model.family, model.config
     reward = set(params) == {"trunk", "head"}
     config = {**family.to_hf(cfg), **{k: v[0] for k, v in family.HF_FIXED.items()}, "model_type": family.HF["model_type"], "use_cache": True}
@@ -349,6 +352,8 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
         _dump(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {e[1]: f for f, entries in zip(files, plan) for e in entries}})
     if not reward:
         _dump(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    if tokenizer is not None:
+        tokenizer.save(str(directory))
     _dump(directory / "config.json", config)
 
 

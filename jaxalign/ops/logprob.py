@@ -155,7 +155,7 @@ def _logprob_bwd(c, saved, cotangents):
         return jax.lax.cond(asked, some, lambda k, v: (k, jnp.zeros_like(v[0])), carry, xs)
 
     xs = tuple(_split(a, c) for a in (x, tokens, entropy, lse, *g))
-    (dw, db, dt), dx = jax.lax.scan(body, (*_zeros(u), jnp.zeros(())), xs)
+    (dw, db, dt), dx = jax.lax.scan(body, (*_zeros(u), jnp.zeros((), jnp.float32)), xs)
     return _join(dx, x.shape[1]), _grads(u, dw, db), dt, None, None
 
 
@@ -213,7 +213,7 @@ def _ce_scan(x, u, tokens, weights, smoothing, z_loss, c, grads: bool):
         none = lambda k, v: (k, jnp.zeros_like(v[0]) if grads else None)
         return jax.lax.cond((xs[2] != 0).any(), some, none, carry, xs)
 
-    start = ((jnp.zeros(()),) * 4, _zeros(u) if grads else None)
+    start = ((jnp.zeros((), jnp.float32),) * 4, _zeros(u) if grads else None)
     (sums, dwb), dx = jax.lax.scan(body, start, tuple(_split(a, c) for a in (x, tokens, weights)))
     return sums, dwb, dx
 

@@ -41,7 +41,8 @@ def inverse_cdf(u, p):
     row = jnp.take_along_axis(p, block[:, None, None], 1)[:, 0]
     inner = jnp.cumsum(row, -1)
     before = jnp.take_along_axis(blocks, block[:, None], 1)[:, 0] - inner[:, -1]
-    column = jnp.minimum((inner <= (aim - before)[:, None]).sum(-1).astype(jnp.int32), last(row))
+    rest = jnp.maximum(aim - before, 0)  # below 0 by rounding, the first entry would win even with no weight
+    column = jnp.minimum((inner <= rest[:, None]).sum(-1).astype(jnp.int32), last(row))
     return block * COLUMNS + column
 
 

@@ -34,7 +34,7 @@ def token_logps(model: Model, params, rows, *, temperature=1.0):
 @functools.partial(
     jax.jit,
     static_argnums=(0, 1),
-    static_argnames=("temperature", "gamma", "lam", "kl", "whiten_rewards", "whiten_advantages", "missing_eos_penalty", "clip_score"),
+    static_argnames=("temperature", "gamma", "lam", "kl_estimator", "whiten_rewards", "whiten_advantages", "missing_eos_penalty", "clip_score"),
 )
 def make_experience(
     model: Model,
@@ -48,7 +48,7 @@ def make_experience(
     temperature: float = 1.0,
     gamma: float = 1.0,
     lam: float = 0.95,
-    kl: str = "k1",
+    kl_estimator: str = "k1",
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
     missing_eos_penalty: float = 0.0,
@@ -63,7 +63,7 @@ def make_experience(
     old, values = policy_and_values(model, value, params, rollout, temperature=temperature)
     ref = token_logps(model, reference, rollout, temperature=temperature)
     score = rewards.adjust(scores, rollout.truncated, missing_eos_penalty=missing_eos_penalty, clip=clip_score)
-    kl_t = advantage.kl_tokens(old.logp, ref.logp, kl)
+    kl_t = advantage.kl_tokens(old.logp, ref.logp, kl_estimator)
     r = advantage.token_rewards(score, kl_t, mask, beta)
     if whiten_rewards:
         r = masked_whiten(r, mask, shift_mean=False)

@@ -282,6 +282,8 @@ class World:
         asked = [record["prompt"] for record in self.prompts(n, seed, split)]
         return [{"prompt": p, "completion": " " + self._review(self._scene(p), CAREFUL, _Draw(rng))} for p in asked]
 
+    gold_rewards = staticmethod(gold_rewards)  # a world is all that a pipeline needs to know
+
     def rank(self, prompt: str, completions: Sequence[str], rng: np.random.Generator, record: Mapping | None = None) -> list[int]:
         """A labeller's ranks, 0 = best; identical completions tie. See `review_labels.plackett_luce`."""
         rewards = gold_rewards([prompt] * len(completions), completions, [record] * len(completions))

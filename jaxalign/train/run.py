@@ -86,9 +86,10 @@ def resume(state: TrainState, source: Source, checkpoints: Checkpoints, log: Run
     for bad, why in damaged.items():
         log.event("damaged_checkpoint", step=bad, reason=str(why))
     if step is None:
+        log.truncate({})
         return state, {}
-    if damaged:
-        checkpoints.rewind(step)
+    for name, why in checkpoints.ignored().items():
+        log.event("ignored_file", name=name, reason=why)
     rows = NamedSharding(mesh, P(shard.ACTIVATIONS["batch"]))
 
     def place(x):
@@ -98,6 +99,7 @@ def resume(state: TrainState, source: Source, checkpoints: Checkpoints, log: Run
     saved = checkpoints.structure(step)
     target = {"state": states.abstract(state), "source": jax.tree.map(place, saved.get("source") or {})}
     arrays, meta = checkpoints.restore(step, target)
+    checkpoints.rewind(step)
     source.load_state_dict({**meta["source"], "arrays": arrays["source"] or None})
     log.truncate(meta["offsets"])
     log.event("resume", step=step)
@@ -134,7 +136,7 @@ def train(
         log.event("already_complete", step=begin)
         return state
     skipped = meta.get("skipped", {"in_a_row": 0, "total": 0})
-    progress = Progress(name, loop.steps, start=begin, flops_per_token=flops_per_token, peak_flops=peak_flops)
+    progress = Progress(name, loop.steps, start=begin, flops_per_token=flops_per_token, peak_flops=peak_flops, process_index=jax.process_index())
     count_tokens = jax.jit(lambda segments: sum((s != 0).sum() for s in segments))
     clock, seconds = time.perf_counter, {"data": 0.0, "step": 0.0, "eval": 0.0, "save": 0.0}
 
@@ -145,7 +147,7 @@ def train(
         seconds[phase] += clock() - t
 
     def save():
-        with timed("save"):
+        with timed("save"), progress.paused():
             d = source.state_dict()
             arrays = {"state": state, "source": d.pop("arrays", {})}
             checkpoints.save(done, arrays, {"source": d, "skipped": skipped, "offsets": log.offsets(), "fingerprint": fingerprint})
@@ -166,7 +168,7 @@ def train(
                 log.event("skipped_step", step=done, loss=metrics["loss"], grad_norm=metrics["grad_norm"], in_a_row=skipped["in_a_row"])
             last = done == loop.steps
             if evaluate is not None and (last or (loop.eval_every and done % loop.eval_every == 0)):
-                with timed("eval"):
+                with timed("eval"), progress.paused():
                     numbers |= {f"eval/{k}": v for k, v in evaluate(state).items()}
             if last or done % loop.log_every == 0 or bad:
                 log.metrics(done, numbers)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 import tracemalloc
 
 import pytest
@@ -55,6 +56,7 @@ BAD = {
     "two in a line": (b'{"text": "a"} {"text": "b"}', r"x.jsonl:3:15: more text"),
     "not an object": (b'["a"]', r"x.jsonl:3: a row must be an object, this is a list"),
     "latin1": (b'{"text": "caf\xe9"}', r"x.jsonl:3: not UTF-8 at byte 53 of the file \(0xe9\)"),  # 2 * 20 + 13
+    "bom inside": (b'\xef\xbb\xbf{"text": "a"}', r"x.jsonl:3:1: not JSON"),
     "nul byte": (b'{"text": "a\0"}', r"x.jsonl:3: NUL at byte 51"),  # 2 * 20 + 11
     "nul escape": (b'{"text": "a\\u0000"}', r"x.jsonl:3: NUL .* at character 1"),
     "surrogate": (b'{"text": {"deep": ["\\ud83d"]}}', r"x.jsonl:3: lone surrogate \(\\ud83d\) at character 0"),
@@ -79,7 +81,7 @@ def test_bad_row(tmp_path, name):
     rows = read(path, max_row_bytes=250_000, on_bad_row="skip", quarantine=jail)
     for _ in range(2):  # counts are of the latest pass
         assert len(list(rows)) == 99 and rows.counts == {"rows": 100, "skipped": 1} and len(rows.errors) == 1
-        assert "x.jsonl:3" in json.loads(open(jail).read())["error"]
+        assert "x.jsonl:3" in json.loads(pathlib.Path(jail).read_text())["error"]
     with pytest.raises(UserError, match=r"1 of 100 rows are bad(.|\n)*x.jsonl:3"):
         list(read(path, max_row_bytes=250_000, on_bad_row="skip", max_bad_fraction=0.009))
 

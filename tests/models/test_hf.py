@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import types
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxalign import shard, tree
-from jaxalign.models import FamilyModel, decoder, hf
+from jaxalign.models import FamilyModel, decoder, heads, hf
 from jaxalign.ops import logprob, nn
 from jaxalign.types import UserError
 from safetensors.numpy import load_file, save_file
@@ -124,15 +125,15 @@ def copy(tmp_path):
 def test_config_of_transformers_4_equals_5(copy, family):
     old = copy(family)
     shutil.copy(VECTORS / family / "config_v4.json", old / "config.json")
-    assert hf.model(old) == hf.model(VECTORS / family)
+    assert hf.read_config(old) == hf.read_config(VECTORS / family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_configs_are_equal_models_and_survive_export(tmp_path, family):
     model, params = hf.load(VECTORS / family)
     hf.save(tmp_path, model, params)
-    assert hf.model(tmp_path) == model and hash(hf.model(tmp_path)) == hash(model)
-    assert hf.model(tmp_path, scan=True, remat="full").config.scan
+    assert hf.read_config(tmp_path) == model and hash(hf.read_config(tmp_path)) == hash(model)
+    assert hf.read_config(tmp_path, scan=True, remat="full").config.scan
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_what_is_not_implemented_is_refused_by_name(copy, family, field, value):
 
 def test_defaults_of_transformers_hold_where_config_is_silent(copy):
     gpt2 = copy("gpt2", tie_word_embeddings=..., n_inner=..., activation_function=..., attn_pdrop=0.1)  # as published
-    assert hf.model(gpt2) == hf.model(VECTORS / "gpt2")
-    assert not hf.model(copy("llama", tie_word_embeddings=...)).config.tied
+    assert hf.read_config(gpt2) == hf.read_config(VECTORS / "gpt2")
+    assert not hf.read_config(copy("llama", tie_word_embeddings=...)).config.tied
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def test_reward_model_round_trip(tmp_path, family):
     model, trunk = hf.load(VECTORS / family)
     D = model.config.dim
     params = {"trunk": trunk, "head": {"weight": jnp.arange(D, dtype=jnp.float32), "bias": jnp.zeros(())}}
-    hf.save(tmp_path, model, params)
+    hf.save(tmp_path, heads.Scalar(model), params)
     kind, shape, data = raw(tmp_path / "model.safetensors")["score.weight"]
     assert (kind, shape) == ("F32", [1, D]) and data == np.arange(D, dtype=np.float32).tobytes()
     config = json.loads((tmp_path / "config.json").read_text())
@@ -415,6 +416,8 @@ def test_save_refuses_what_is_not_the_models(tmp_path):
         hf.save(tmp_path, model, {**params, "norm": jnp.ones(3)})
     with pytest.raises(UserError, match="int8"):
         hf.save(tmp_path, model, {**params, "norm": params["norm"].astype(jnp.int8)})
+    with pytest.raises(UserError, match="SimpleNamespace has no Hugging Face form"):
+        hf.save(tmp_path, types.SimpleNamespace(), params)
     assert not (tmp_path / "config.json").exists()
 
 
@@ -422,8 +425,12 @@ def test_token_ids_come_from_the_tokenizer(tmp_path):
     class Tokenizer:
         bos_id, eos_id, pad_id = 1, 2, None
 
+        def save(self, directory):
+            (Path(directory) / "tokenizer.model").write_text("x")
+
     model, params = hf.load(VECTORS / "llama")
     hf.save(tmp_path, model, params, tokenizer=Tokenizer())
     for name in ("config.json", "generation_config.json"):
         content = json.loads((tmp_path / name).read_text())
         assert content["bos_token_id"] == 1 and content["eos_token_id"] == 2 and "pad_token_id" not in content
+    assert (tmp_path / "tokenizer.model").exists()

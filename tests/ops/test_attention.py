@@ -1,0 +1,81 @@
+"""`attend` against the definition, one query at a time in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxalign.ops import attention
+
+
+def naive(q, k, v, q_seg, kv_seg, start=0, causal=True, window=None, scale=None, softcap=None):
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(B, T, N):
+        sees = [s for s in range(S) if q_seg[b, t] and q_seg[b, t] == kv_seg[b, s] and (not causal or s <= start + t) and (window is None or start + t - s < window)]
+        if sees:
+            z = k[b, sees, n // (N // K)] @ q[b, t, n] * (H**-0.5 if scale is None else scale)
+            z = z if softcap is None else softcap * np.tanh(z / softcap)
+            p = np.exp(z - z.max())
+            out[b, t, n] = p / p.sum() @ v[b, sees, n // (N // K)]
+    return out
+
+
+def draw(T, S, N=4, K=2, H=3, B=2, seed=0):
+    r = np.random.default_rng(seed)
+    return tuple(r.standard_normal(s).astype(np.float32) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1]], np.int32)
+
+
+OPTIONS = [{"causal": False}, {"window": 2}, {"softcap": 1.5}, {"scale": 0.1}, {"causal": False, "window": 1}]
+
+
+@pytest.mark.parametrize("options, K", [({}, 1), ({}, 2), ({}, 4), *((o, 2) for o in OPTIONS)])
+def test_against_the_definition(options, K):
+    q, k, v = draw(7, 7, K=K)
+    got = jax.jit(lambda *a: attention.attend(*a, q_segments=SEGMENTS, kv_segments=SEGMENTS, **options))(q, k, v)
+    want = naive(q, k, v, SEGMENTS, SEGMENTS, **options)
+    np.testing.assert_allclose(np.where(SEGMENTS[..., None, None], got, 0), want, atol=1e-5)
+    assert np.isfinite(got).all()  # a query on padding sees nobody, and is finite all the same
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_start_of_the_cache(traced):
+    q, k, v = draw(2, 7)
+    run = jax.jit(lambda start, *a: attention.attend(*a, q_segments=SEGMENTS[:, 3:5], kv_segments=SEGMENTS, start=start), static_argnums=() if traced else 0)
+    np.testing.assert_allclose(run(3, q, k, v), naive(q, k, v, SEGMENTS[:, 3:5], SEGMENTS, start=3), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_blocked_form_equals_the_plain_one(monkeypatch, window):
+    T = 128  # two blocks of 64
+    q, k, v = draw(T, T, B=1, N=2, K=1)
+    segments = np.repeat([1, 2, 0], [50, 70, 8])[None].astype(np.int32)
+    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32) * (segments != 0)[..., None, None]
+
+    def f(q, k, v):
+        out = attention.attend(q, k, v, q_segments=segments, kv_segments=segments, window=window)
+        return (out * weights).sum(), out
+
+    run = lambda: jax.jit(lambda *a: jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(*a))(q, k, v)
+    shapes = lambda: {v.aval.shape for e in jax.make_jaxpr(lambda *a: f(*a)[1])(q, k, v).jaxpr.eqns for v in e.outvars}
+    assert (1, 1, 2, T, T) not in shapes()
+    (_, out), grads = run()
+    monkeypatch.setattr(attention, "BLOCK", 10**6)
+    assert (1, 1, 2, T, T) in shapes()
+    (_, plain), plain_grads = run()
+    valid = segments[0] != 0
+    np.testing.assert_allclose(out[:, valid], plain[:, valid], atol=1e-5)
+    np.testing.assert_allclose(out[:, valid], naive(q, k, v, segments, segments, window=window)[:, valid], atol=1e-5)
+    for a, b in zip(grads, plain_grads):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_bfloat16_scores_are_float32():
+    q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in draw(7, 7))
+    got = jax.jit(lambda *a: attention.attend(*a, q_segments=SEGMENTS, kv_segments=SEGMENTS))(q, k, v)
+    want = naive(*(np.asarray(a, np.float32) for a in (q, k, v)), SEGMENTS, SEGMENTS)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.where(SEGMENTS[..., None, None], np.asarray(got, np.float32), 0), want, atol=0.03)
