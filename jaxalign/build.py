@@ -243,14 +243,14 @@ def _tokenizer(config: ConfigDict, workdir: Path, template: Template) -> toks.To
             temp = own.with_suffix(f".{os.getpid()}.tmp")
             toks.train_sentencepiece(texts, str(temp), config.model.vocab, c.kind, specials=template.specials)
             os.replace(temp, own)
-        _barrier("tokenizer")
+        barrier("tokenizer")
         return toks.load(str(own))
     if config.model.path:
         return toks.load(config.model.path)
     raise UserError("the config names no tokenizer: set tokenizer.path (a directory, a .model file or 'bytes') or tokenizer.train_on (a file of text)")
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -287,7 +287,7 @@ def load_params(w: World, where: str, specs: Tree, what: str) -> Tree:
     raise UserError(f"{what}: {where!r} is neither a finished stage of {w.workdir}, nor a run directory with params/, nor an HF directory with model.safetensors")
 
 
-def _data(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
+def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
     """A source over `path` as the data section says."""
     make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "prompts": sources.prompts_source}
     kind = kind or c.kind
@@ -295,10 +295,38 @@ def _data(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle:
         raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
     paths = [w.find(p) for p in path.split(",")]
     options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "format") if k in c and k not in more}
-    rows = read(paths, on_bad_row=c.get("on_bad_row", "error"), quarantine=str(w.workdir / "quarantine.jsonl") if c.get("on_bad_row") == "skip" else None)
+    skip = c.get("on_bad_row") == "skip"
+    aside = w.workdir / f"quarantine-{Path(paths[0]).name}" if skip and jax.process_index() == 0 else None
+    rows = read(paths, on_bad_row="skip" if skip else "error", quarantine=aside and str(aside))
     return make[kind](
         rows, w.tokenizer, batch_size=batch, seed=seed, template=w.template, shuffle=shuffle, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, **options, **more
     )  # fmt: skip
+
+
+def trained(run: str) -> tuple[World, str, Tree]:
+    """(world, stage name, weights) of a finished stage's directory, from the config.json that it keeps."""
+    directory = Path(run)
+    if not (directory / "config.json").exists():
+        raise UserError(f"{run} holds no config.json: name a stage's directory, such as runs/quickstart/ppo")
+    config = ConfigDict(json.loads((directory / "config.json").read_text()))
+    name = config.stage
+    w = world(config, directory.parent if "stages" in config else directory)
+    kind = config.stages[name].objective.name if "stages" in config else config.objective
+    specs = heads.Scalar(w.model).specs() if kind in SCALAR else w.model.specs()
+    return w, name, load_params(w, str(directory.absolute()), specs, run)
+
+
+def imported_config(name: str, hf: str, model: Model) -> dict:
+    """What `trained` reads of weights that came from HF form."""
+    c = base(name)
+    c.model.path = c.tokenizer.path = str(Path(hf).absolute())
+    return {**_plain(c), "stage": name, "objective": "lm"}
+
+
+def shown(record: dict) -> str:
+    """A prompt as one would print it."""
+    prompt = record.get("prompt", record)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def sampling(w: World, c: ConfigDict, **over) -> Sampling:
@@ -366,7 +394,7 @@ class Stage:
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
-            log.snapshot({**_plain(w.config), "stage": self.name})
+            log.snapshot({**{k: v for k, v in _plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name})
             st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh)
             fn = step.make_step(
                 self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
@@ -385,7 +413,7 @@ class Stage:
         """f32[N]: a reward model's scores of all candidates it was trained on."""
         from jaxalign.evals import policy
 
-        source = _data(self.world, self.config.data, self.config.data.path, self.config.data.batch_size, 0, shuffle=False)
+        source = data_source(self.world, self.config.data, self.config.data.path, self.config.data.batch_size, 0, shuffle=False)
         return np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, self.world.mesh)])
 
     def save(self, params: Tree) -> None:
@@ -416,7 +444,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     if kind == "ppo":
         model, objective, source, params = _make_ppo(w, name, c, options, trunk if trunk is not None else draw(w.model.specs(), "policy"), draw, workdir)
     else:
-        source = _data(w, c.data, c.data.path, batch, seed)
+        source = data_source(w, c.data, c.data.path, batch, seed)
         if kind in SCALAR:
             model = heads.Scalar(w.model)
             params = {"trunk": trunk if trunk is not None else draw(w.model.specs(), "trunk"), "head": draw(heads.specs(w.model.config.dim), "head")}
@@ -433,7 +461,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
             prepare = lambda b: add_reference(w.model, reference, b)
     evaluate = None
     if c.data.eval_path and kind != "ppo":
-        held_out = _data(w, c.data, c.data.eval_path, batch, seed, shuffle=False)
+        held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     remains = None
     if o.freeze:
@@ -464,12 +492,12 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, d
     else:
         raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
     objective = ppo.ppo(model, value, **{**options, "temperature": c.sampling.temperature or 1.0})
-    prompts = _data(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
+    prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     if c.data.batch_size % (rl.minibatches * c.data.accumulate * shard.batch_shards(w.mesh)):
         raise UserError(f"{name}: data.batch_size {c.data.batch_size} must be a multiple of rl.minibatches {rl.minibatches} x accumulate x data x fsdp")
     mix = None
     if options["ptx_coef"]:
-        mix = _data(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
+        mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
     shaping = {k: rl[k] for k in fields(experience.make_experience) if k in rl}
     source = experience.PPOSource(
         prompts, model, value, reference, scorer, sampling(w, c.sampling), w.mesh, epochs=rl.epochs, minibatches=rl.minibatches,

@@ -62,7 +62,7 @@ def _language(w, world, c, name: str) -> dict:
     from jaxalign.train import state
 
     params = build.load_params(w, name, w.model.specs(), name)
-    source = build._data(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, packing="pad", too_long="error")
+    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, packing="pad", too_long="error")
     metrics = build.evaluation(lm.lm(w.model), w.mesh, {}, source)
     empty = state.TrainState(0, params, (), (), jax.random.key(0))
     with jax.set_mesh(w.mesh):
@@ -86,7 +86,7 @@ def _reward(w, world, c, name: str) -> dict:
 
     scalar = heads.Scalar(w.model)
     params = build.load_params(w, name, scalar.specs(), name)
-    source = build._data(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False)
+    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False)
     margins, groups = [], []
     for i, (scores, ranks) in enumerate(policy.candidate_scores(scalar, params, source, w.mesh)):
         better = ranks[:, None] < ranks[None, :]

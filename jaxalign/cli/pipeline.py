@@ -118,7 +118,7 @@ def _write_data(world, config, workdir: Path) -> None:
             for f in (workdir / "data.tmp").iterdir():
                 os.replace(f, workdir / "data" / f.name)
             (workdir / "data.tmp").rmdir()
-        build._barrier("data")
+        build.barrier("data")
 
 
 LABELLED = ("rankings.jsonl", "pairs.jsonl", "rankings_eval.jsonl", "pairs_eval.jsonl")
@@ -161,7 +161,7 @@ def _label(w, world, config) -> None:
             for name, records in ((f"rankings{suffix}", rankings), (f"pairs{suffix}", pairs)):
                 temp = write_jsonl(w.workdir / "data" / f"{name}.tmp", records)
                 os.replace(temp, w.workdir / "data" / f"{name}.jsonl")
-    build._barrier("label")
+    build.barrier("label")
 
 
 def _gathered(texts: list[str]) -> list[str]:

@@ -124,7 +124,7 @@ def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, bool
 def read_config(directory, **overrides) -> FamilyModel:
     """The model that a directory's config.json describes, without its weights.
 
-    overrides: fields of the family's Config that HF does not have (dtype of activations, scan, remat).
+    overrides: fields of the Config that config.json does not have (scan, remat; here also dtype, of activations).
     """
     directory = Path(directory)
     return _model(directory / "config.json", _json(directory, "config.json"), overrides)[0]
@@ -232,7 +232,7 @@ def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | N
     """A Hugging Face directory -> (model, params).
 
     dtype: of the params; None keeps the file's. With a mesh each leaf goes straight to its shards; one leaf at a time is
-    held in host memory. overrides: as in `read_config`. A reward model (``*ForSequenceClassification`` with one label) gives
+    held in host memory. overrides: scan, remat. A reward model (``*ForSequenceClassification`` with one label) gives
     params {"trunk": ..., "head": {"weight" [D], "bias" []}}; its trunk is tied, since it has no lm_head.
 
     Raises UserError, before reading any weight, with everything that is missing, unexpected or misshaped, and for config

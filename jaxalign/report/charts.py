@@ -43,7 +43,7 @@ def lines(series: Sequence[Series], *, title: str, x: str = "step", unit: str = 
     if reference:
         at = frame.y(reference[1])
         body.append(tag("line", class_="reference", x1=LEFT, x2=RIGHT, y1=at, y2=at))
-        body.append(tag("text", f"{reference[0]} {show(reference[1])}", class_="reference", x=RIGHT - 2, y=at + (-4.0 if at > TOP + 14 else 12.0), text_anchor="end"))
+        keys.append(tag("span", reference[0], tag("b", show(reference[1])), class_="key reference"))
     for s, a, b in curves:
         soft = smooth(b)
         if soft is not b:
@@ -62,10 +62,10 @@ def plane(marks: Sequence[Mark], curve: Sequence[tuple[float, float]], *, title:
     body += [tag("circle", class_="frontier", cx=frame.x(p), cy=frame.y(q), r=2.0) for p, q in curve]
     for m in marks:
         px, py = frame.x(m.x), frame.y(m.y)
-        left = px > RIGHT - 50
+        left, below = px > RIGHT - 50, py < TOP + 20
         body.append(tag("circle", tag("title", f"{m.name}: {show(m.x, 3)}, {show(m.y, 3)}"), class_=f"mark s{m.colour}", cx=px, cy=py, r=5.5))
-        body.append(tag("text", m.name, class_="label", x=px + (-9.0 if left else 9.0), y=py + 14, text_anchor="end" if left else "start"))
-    return _figure(title, unit, [tag("span", curve_name, class_="key frontier")] if curve else [], frame.svg(body, title, x))
+        body.append(tag("text", m.name, class_="label", x=px + (-6.0 if left else 6.0), y=py + (18.0 if below else -9.0), text_anchor="end" if left else "start"))
+    return _figure(title, unit, [tag("span", curve_name, class_="key reference")] if curve else [], frame.svg(body, title, x))
 
 
 def _figure(title: str, unit: str, keys: list[Html], body: Html) -> Html:

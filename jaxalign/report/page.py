@@ -96,6 +96,8 @@ def policies(evaluation: Any) -> Html:
     marks = [Mark(p.upper(), *xy, COLOURS[p]) for p, d in known.items() if (xy := _point(d))]
     frontier = dig(evaluation, "frontier")
     curve = [xy for d in (frontier if isinstance(frontier, list) else []) if (xy := _point(d))]
+    if curve and (start := _point(dig(known, "sft"))):
+        curve.append(start)  # β = ∞: the policy that was tilted
     figure = (
         plane(marks, curve, title="Gold reward against KL", x="KL from SFT, nats per answer", unit="per answer", curve_name="optimal policy, SFT · exp(gold / β)")
         if marks or curve
@@ -164,7 +166,7 @@ def seconds(evaluation: Any) -> Html | None:
 
 
 def _answer(policy: str, s: dict) -> Html:
-    return tag("div", tag("header", tag("b", policy.upper()), tag("span", "gold ", show(s.get("gold"), 3))), text(s.get("completion", "")), class_=f"answer s{COLOURS[policy]}")
+    return tag("div", tag("header", tag("b", policy.upper()), tag("span", "gold ", show(s.get("gold"), places=2))), text(s.get("completion", "")), class_=f"answer s{COLOURS[policy]}")
 
 
 def _point(d: Any) -> tuple[float, float] | None:

@@ -69,21 +69,23 @@ def number(x: Any) -> float | None:
     try:
         return float(x)
     except OverflowError:  # an integer of JSON may have any length
-        return math.copysign(math.inf, x)
+        return math.inf if x > 0 else -math.inf
 
 
-def show(x: Any, digits: int = 4) -> str:
-    """A number for people: `digits` significant ones, thousands apart, a dash for None."""
+def show(x: Any, digits: int = 4, places: int | None = None) -> str:
+    """A number for people: `digits` significant ones or `places` decimals, thousands apart, a dash for None."""
     x = number(x)
     if x is None:
         return "–"
     if not math.isfinite(x):
         return "NaN" if math.isnan(x) else "∞" if x > 0 else "−∞"
-    if x and not 1e-3 <= abs(x) < 1e15:
+    if places is not None and abs(x) < 1e15:
+        text = f"{x:,.{places}f}"
+    elif x and not 1e-3 <= abs(x) < 1e15:
         mantissa, exponent = f"{x:.{max(0, digits - 2)}e}".split("e")
         text = f"{mantissa}e{int(exponent)}"
     else:
         decimals = max(0, digits - 1 - (math.floor(math.log10(abs(x))) if x else 0))
         text = f"{x:,.{min(decimals, digits)}f}"
         text = text.split(".")[0] if x == int(x) else text
-    return text.replace("-", "−") if text.startswith("-") else text
+    return text.replace("-", "−", 1) if x < 0 else text

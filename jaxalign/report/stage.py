@@ -51,7 +51,7 @@ def section(s: Stage, title: str, evaluation: Any = None) -> Html:
     if rest or constant:
         same = "Constant: " + ", ".join(f"{k} = {show(v)}" for k, v in constant.items()) if constant else None
         parts.append(
-            tag("details", tag("summary", f"{len(rest) + len(constant)} more"), tag("div", *(lines(c, title=p.title) for p, c in rest), class_="charts"), tag("p", same, class_="soft"))
+            tag("details", tag("summary", f"{len(rest) + len(constant)} more metrics"), tag("div", *(lines(c, title=p.title) for p, c in rest), class_="charts"), tag("p", same, class_="soft"))
         )
     if s.samples:
         parts.append(fold("Samples while training", join(_sample(x) for x in s.samples[-12:])))

@@ -15,7 +15,7 @@ main { max-width: 1200px; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; letter-spacing: -.01em; margin: 3rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--rule); }
 h3 { font-size: .95rem; margin: 1.4rem 0 .5rem; }
-p { margin: .3rem 0 .8rem; max-width: 70ch; }
+p { margin: .3rem 0 .8rem; max-width: 80ch; overflow-wrap: anywhere; } h1 + p { max-width: none; }
 a { color: var(--c0); text-decoration: none; } a:hover { text-decoration: underline; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 1rem 0 1.6rem; font-size: .9rem; }
 .soft, .unit { color: var(--soft); } .unit { font-weight: 400; font-size: .85em; }
@@ -35,18 +35,19 @@ td.mark { width: 1%; white-space: nowrap; font-weight: 600; color: var(--unknown
 tr.pass td.mark { color: var(--good); } tr.fail td.mark { color: var(--bad); } tr.fail td.n:nth-child(3) { color: var(--bad); font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 1rem; }
 .pair { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 2rem; align-items: start; }
-.chart { margin: 0; padding: .8rem .9rem .5rem; background: var(--card); border: 1px solid var(--faint); border-radius: 10px; min-width: 0; }
+.chart { display: flex; flex-direction: column; margin: 0; padding: .8rem .9rem .5rem; background: var(--card); border: 1px solid var(--faint); border-radius: 10px; min-width: 0; }
 figcaption { font-weight: 600; font-size: .92rem; overflow-wrap: anywhere; }
 .keys { display: flex; flex-wrap: wrap; gap: 0 .9rem; min-height: 1.3rem; font-size: .8rem; color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: .8em; height: .2em; border-radius: 1px; background: var(--c, var(--soft)); vertical-align: .25em; margin-right: .4em; }
+.key.reference::before { background: none; border-top: 2px dashed var(--soft); width: 1em; height: 0; }
 .key b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; margin-left: .25em; }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); } .s4 { --c: var(--c4); }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 10.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: auto; margin-top: auto; }
+svg text { font-size: 11.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg path { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 svg path.raw { stroke-width: 1; opacity: .28; }
 svg .grid { stroke: var(--faint); } svg .axis { stroke: var(--rule); }
-svg line.reference { stroke: var(--soft); stroke-dasharray: 4 3; } svg text.reference { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+svg line.reference { stroke: var(--soft); stroke-dasharray: 4 3; }
 svg .dot { fill: var(--c); } svg .mark { fill: var(--c); stroke: var(--card); stroke-width: 2; }
 svg text.label { font-size: 12px; font-weight: 600; fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 svg path.frontier { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 3; } svg circle.frontier { fill: var(--soft); }

@@ -116,7 +116,7 @@ def test_a_pipeline(whole):
         assert figure in page.text, figure
     for title in ("Pretraining", "Supervised fine-tuning", "Reward model", "PPO", "DPO", "Gold reward against KL", "entropy floor 1.22", "gold reward 0.8775"):
         assert title in page.text, title
-    assert "data 1.5 s" in page.text  # 1.0 before the resume, 0.5 after
+    assert "data 1.50 s" in page.text  # 1.0 before the resume, 0.5 after
     assert "123,400 tokens/s" in page.text
     raw = path.read_text(encoding="utf-8")
     assert "nan" not in re.sub(r"<(style|pre).*?</\1>", "", raw, flags=re.S)  # in no coordinate
