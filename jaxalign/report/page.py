@@ -19,7 +19,7 @@ from jaxalign.report.verdict import KL, headline, interval, verdicts
 from jaxalign.types import UserError
 
 TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
-COLOURS = {"sft": 2, "ppo": 3, "dpo": 4}
+COLOURS = {"pretrain": 0, "reward": 1, "sft": 2, "ppo": 3, "dpo": 4}
 # Should anything ever slip through: the page may load nothing and run nothing.
 HEAD = Html(
     '<!doctype html>\n<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -160,9 +160,9 @@ def seconds(evaluation: Any) -> Html | None:
     parts = {str(k): v for k, x in (spent.items() if isinstance(spent, dict) else ()) if k != "total" and (v := number(x)) is not None and math.isfinite(v) and v >= 0}
     if not sum(parts.values()):
         return tag("p", "No timings were written.", class_="missing")
-    bar = [tag("span", class_=f"s{i % 5}", style=f"flex-grow:{v / sum(parts.values()):.5f}", title=f"{k} {show(v, 3)} s") for i, (k, v) in enumerate(parts.items())]
-    keys = [tag("span", k, " ", tag("b", f"{show(v, 3)} s"), class_=f"key s{i % 5}") for i, (k, v) in enumerate(parts.items())]
-    return join([tag("div", *bar, class_="bar"), tag("div", *keys, class_="keys")])
+    bar = [tag("span", class_=f"s{COLOURS.get(k, 5)}", style=f"flex-grow:{v / sum(parts.values()):.5f}", title=f"{k} {show(v, 3)} s") for k, v in parts.items()]
+    keys = [tag("span", k, " ", tag("b", f"{show(v, 3)} s"), class_=f"key s{COLOURS.get(k, 5)}") for k, v in parts.items()]
+    return join([tag("h3", "Where the time went"), tag("div", *bar, class_="bar"), tag("div", *keys, class_="keys")])
 
 
 def _answer(policy: str, s: dict) -> Html:

@@ -43,7 +43,9 @@ def section(s: Stage, title: str, evaluation: Any = None) -> Html:
     parts += [tag("p", x, class_="missing") for x in s.problems]
     if not s.metrics:
         return join([*parts, tag("p", "No metrics: this stage has not run here, or not for long enough to write a line.", class_="missing")])
-    parts.append(tag("p", facts(s), class_="soft"))
+    judged = dig(evaluation, s.name)
+    known = [f"{k.replace('_', ' ')} {show(v)}" for k, v in judged.items() if number(v) is not None] if isinstance(judged, dict) else []
+    parts.append(tag("p", facts(s), Html("<br>On held-out data: ") if known else None, " · ".join(known), class_="soft"))
     curves, constant = series(s.metrics)
     main, rest = choose(curves)
     marks = references(s.name, evaluation)

@@ -30,6 +30,7 @@ th, td { text-align: left; padding: .42rem .9rem .42rem 0; border-top: 1px solid
 .verdict td, .verdict th { border-top-color: color-mix(in srgb, var(--ink) 9%, transparent); }
 thead th { border-top: 0; color: var(--soft); font-weight: 500; font-size: .85rem; }
 th.n, td.n { text-align: right; white-space: nowrap; } td.n:last-child, th.n:last-child { padding-right: 0; }
+td.n + td:not(.n), th.n + th:not(.n) { padding-left: 1.2rem; }
 td small { display: block; color: var(--soft); font-size: .84rem; }
 td.mark { width: 1%; white-space: nowrap; font-weight: 600; color: var(--unknown); }
 tr.pass td.mark { color: var(--good); } tr.fail td.mark { color: var(--bad); } tr.fail td.n:nth-child(3) { color: var(--bad); font-weight: 600; }
@@ -38,10 +39,10 @@ tr.pass td.mark { color: var(--good); } tr.fail td.mark { color: var(--bad); } t
 .chart { display: flex; flex-direction: column; margin: 0; padding: .8rem .9rem .5rem; background: var(--card); border: 1px solid var(--faint); border-radius: 10px; min-width: 0; }
 figcaption { font-weight: 600; font-size: .92rem; overflow-wrap: anywhere; }
 .keys { display: flex; flex-wrap: wrap; gap: 0 .9rem; min-height: 1.3rem; font-size: .8rem; color: var(--soft); }
-.key::before { content: ""; display: inline-block; width: .8em; height: .2em; border-radius: 1px; background: var(--c, var(--soft)); vertical-align: .25em; margin-right: .4em; }
+.key { white-space: nowrap; } .key::before { content: ""; display: inline-block; width: .8em; height: .2em; border-radius: 1px; background: var(--c, var(--soft)); vertical-align: .25em; margin-right: .4em; }
 .key.reference::before { background: none; border-top: 2px dashed var(--soft); width: 1em; height: 0; }
 .key b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; margin-left: .25em; }
-.s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); } .s4 { --c: var(--c4); }
+.s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); } .s4 { --c: var(--c4); } .s5 { --c: var(--rule); }
 svg { display: block; width: 100%; height: auto; margin-top: auto; }
 svg text { font-size: 11.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg path { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
@@ -63,6 +64,10 @@ svg path.frontier { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--c0); font-size: .9rem; }
 pre { background: var(--card); border: 1px solid var(--faint); border-radius: 8px; padding: .8rem 1rem; overflow: auto; max-height: 32rem; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
-@media (max-width: 700px) { main { padding: 1.4rem 1rem 3rem; } .pair { grid-template-columns: 1fr; gap: 1rem; } th, td { padding-right: .6rem; } h1 { font-size: 1.5rem; } }
+@media (max-width: 700px) { main { padding: 1.4rem 1rem 3rem; } .pair { grid-template-columns: minmax(0, 1fr); gap: 1rem; } th, td { padding-right: .6rem; } h1 { font-size: 1.5rem; }
+  .verdict { padding: 1rem 1rem .3rem; } .verdict thead { display: none; }
+  .verdict tr { display: grid; grid-template-columns: 6.4rem 1fr auto; padding: .45rem 0; border-top: 1px solid color-mix(in srgb, var(--ink) 9%, transparent); }
+  .verdict td { border: 0; padding: 0; width: auto !important; } .verdict td:nth-child(2) { grid-column: 2 / 4; }
+  .verdict td:nth-child(3) { grid-column: 2; text-align: left; font-weight: 600; } .verdict td.n:nth-child(4) { padding: 0; color: var(--soft); } }
 @media print { body { background: none; } .chart, .sample, tr { break-inside: avoid; } nav { display: none; } }
 """

@@ -164,23 +164,18 @@ def listed(words) -> tuple[str, ...]:
 CATEGORY = {item: category for category, items in ITEMS.items() for item in items}
 
 
-def opinions(slot: str, aspect: str | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(praise, blame), mild to strong, that `slot` may hold; `quality` of an aspect has the aspect's own words."""
-    own = next((aspects[aspect] for aspects in ASPECTS.values() if aspect in aspects), None) if slot == "quality" else None
-    praise, blame = own or OPINIONS[slot]
-    return listed(praise), listed(blame)
+ASPECT_WORDS = {aspect: words for aspects in ASPECTS.values() for aspect, words in aspects.items()}
 
 
 @functools.cache
 def values() -> dict[tuple[str, str], float]:
     """(slot, word) -> signed strength of the bare word, in [-1, 1]. A word says the same of every aspect."""
     out = {}
-    for slot in OPINIONS:
-        for aspect in {None, *(a for aspects in ASPECTS.values() for a in aspects)}:
-            for sign, words in zip((1, -1), opinions(slot, aspect)):
-                for word, strength in zip(words, STRENGTHS, strict=True):
-                    if out.setdefault((slot, word), sign * strength) != sign * strength:
-                        raise ValueError(f"{word!r} has two strengths")
+    for slot, opposites in [*OPINIONS.items(), *(("quality", words) for words in ASPECT_WORDS.values())]:
+        for sign, words in zip((1, -1), opposites):
+            for word, strength in zip(listed(words), STRENGTHS, strict=True):
+                if out.setdefault((slot, word), sign * strength) != sign * strength:
+                    raise ValueError(f"{word!r} has two strengths")
     return out
 
 
@@ -194,17 +189,19 @@ class Sentence(NamedTuple):
 
 @functools.cache
 def _patterns() -> tuple[tuple[str, re.Pattern], ...]:
-    aspects = {aspect for named in ASPECTS.values() for aspect in named}
-    vocabulary = {slot: set(listed(words)) if isinstance(words, str) else {w for v in words.values() for w in listed(v)} for slot, words in WORDS.items()}
-    vocabulary |= {slot: {word for s, word in values() if s == slot} for slot in OPINIONS}
-    vocabulary |= {slot: aspects for slot in ("aspect", "first", "second")}
-    vocabulary |= {"item": set(CATEGORY), "be": {"was", "were"}, "not": set(NOT), "mark": {".", "!"}, "degree": set(DEGREES)}
-    vocabulary["lead"] = {word for weights in LEAD.values() for word in weights}
+    """(form, its template with a named group for every slot: any word the slot can hold in any scene)."""
+    held = {slot: {w for v in words.values() for w in listed(v)} if isinstance(words, dict) else listed(words)
+            for slot, words in WORDS.items()}  # fmt: skip
+    held |= {slot: {word for s, word in values() if s == slot} for slot in OPINIONS}
+    held |= {slot: ASPECT_WORDS for slot in ("aspect", "first", "second")}
+    held |= {"item": CATEGORY, "be": {"was", "were"}, "not": NOT, "mark": {".", "!"}, "degree": DEGREES}
+    held["lead"] = {word for weights in LEAD.values() for word in weights}
 
     def group(match):
-        return f"(?P<{match[1]}>{'|'.join(sorted(vocabulary[match[1]], key=lambda w: (-len(w), w)))})"
+        return f"(?P<{match[1]}>{'|'.join(map(re.escape, sorted(held[match[1]], reverse=True)))})"
 
-    return tuple((name, re.compile(re.sub(r"{(\w+)}", group, form.template.replace(".", r"\.")))) for name, form in FORMS.items())
+    patterns = {name: re.sub(r"{(\w+)}", group, form.template.replace(".", r"\.")) for name, form in FORMS.items()}
+    return tuple((name, re.compile(pattern)) for name, pattern in patterns.items())
 
 
 @functools.lru_cache(1 << 17)

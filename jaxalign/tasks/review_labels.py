@@ -48,9 +48,9 @@ def request_of(prompt: str) -> dict | None:
 def gold_reward(prompt: str, completion: str, record: Mapping | None = None) -> float:
     """The formula above, for any completion. `record` ("item", "aspects") spares reading the prompt; a prompt that
     asks for nothing in this world leaves A and I at 0 and takes aspects of every category."""
-    request = record if record and "item" in record else request_of(prompt) or {"item": None, "aspects": ()}
-    item, asked = request["item"], request["aspects"]
-    aspects = g.ASPECTS[g.CATEGORY[item]] if item else {a for named in g.ASPECTS.values() for a in named}
+    known = record if record and record.get("item") in g.CATEGORY else request_of(prompt) or {"item": None, "aspects": ()}
+    item, asked = known["item"], known["aspects"]
+    aspects = g.ASPECTS[g.CATEGORY[item]] if item else g.ASPECT_WORDS
     text = completion.strip(" ")
     value, defects, subjects, named, seen = 0.0, 0 if text else 4, set(), set(), set()
     for sentence in g.sentences(text)[:SENTENCES]:
@@ -74,12 +74,17 @@ def gold_reward(prompt: str, completion: str, record: Mapping | None = None) -> 
     return 3 * math.tanh(value / 3) + 0.5 * coverage + loyalty - min(4, defects) - length
 
 
-def gold_rewards(prompts: Sequence[str], completions: Sequence[str], records: Sequence[Mapping | None] | None = None) -> np.ndarray:
-    """f64[N]."""
-    return np.array([gold_reward(*row) for row in zip(prompts, completions, records or [None] * len(prompts), strict=True)])
+def gold_rewards(
+    prompts: Sequence[str], completions: Sequence[str], records: Sequence[Mapping | None] | None = None
+) -> np.ndarray:
+    """`gold_reward` of every row, f64[N]."""
+    rows = zip(prompts, completions, records or [None] * len(prompts), strict=True)
+    return np.array([gold_reward(*row) for row in rows], np.float64)
 
 
-def plackett_luce(rewards: Sequence[float], texts: Sequence[str], temperature: float, rng: np.random.Generator) -> list[int]:
+def plackett_luce(
+    rewards: Sequence[float], texts: Sequence[str], temperature: float, rng: np.random.Generator
+) -> list[int]:
     """Ranks (0 = best) by reward / T + Gumbel noise, so that P(order) = prod_k exp(r_k/T) / sum_{j >= k} exp(r_j/T);
     for two, P(a before b) = sigma((r_a - r_b) / T). Identical texts are one candidate and share its rank."""
     first = {text: i for i, text in reversed(list(enumerate(texts)))}  # text -> where it first stands

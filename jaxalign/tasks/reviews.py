@@ -32,9 +32,9 @@ import numpy as np
 
 from jaxalign.tasks import review_grammar as g
 from jaxalign.tasks import review_labels as labels
-from jaxalign.tasks.review_labels import gold_reward, gold_rewards, request_of
+from jaxalign.tasks.review_labels import gold_accuracy, gold_reward, gold_rewards, pairs_of, request_of
 
-__all__ = ["World", "Writer", "gold_reward", "gold_rewards", "write_jsonl"]
+__all__ = ["World", "gold_accuracy", "gold_reward", "gold_rewards", "pairs_of", "write_jsonl"]
 
 EVAL_SHARE = 8  # one prompt in eight is held out, chosen by its CRC-32: never demonstrated, ranked or trained on
 
@@ -66,7 +66,8 @@ def _table(weights: Mapping) -> Table:
     """Normalised; words of weight 0 are left out."""
     kept = {word: weight for word, weight in weights.items() if weight > 0}
     total = math.fsum(kept.values())
-    return Table(tuple(kept), list(np.cumsum(list(kept.values())) / total), {w: math.log(x / total) for w, x in kept.items()})
+    cumulative = [below / total for below in itertools.accumulate(kept.values())]
+    return Table(tuple(kept), cumulative, {word: math.log(weight / total) for word, weight in kept.items()})
 
 
 class _Draw:
@@ -90,7 +91,8 @@ class _Read:
         self.text, self.log_prob = iter(text), 0.0
         stages = [g.FORMS[s.form].stage for s in text]
         genre = {"request": "answer", "diary": "diary"}.get(stages[0], "review") if stages else None
-        self.facts = dict(hidden, genre=genre, middle=stages.count("middle"), close=stages.count("verdict"), diary=stages.count("diary"))
+        counts = {"middle": stages.count("middle"), "close": stages.count("verdict"), "diary": stages.count("diary")}
+        self.facts = {**hidden, **counts, "genre": genre}
 
     def __call__(self, slot: str, table: Table):
         if slot == "form":  # every sentence begins with the choice of its form
@@ -130,17 +132,14 @@ class World:
         for slot, words in g.WORDS.items():
             for key, listed in words.items() if isinstance(words, dict) else [(None, words)]:
                 weights[slot, key] = zipf(g.listed(listed), f"{slot} {key}")
-        for slot in g.OPINIONS:
-            for sign, words in zip((1, -1), g.opinions(slot)):
-                weights[slot, sign] = zipf(words, f"{slot} {sign}")
-        for aspect in {aspect for named in g.ASPECTS.values() for aspect in named}:
-            for sign, words in zip((1, -1), g.opinions("quality", aspect)):
-                own, general = zipf(words, f"{aspect} {sign}"), weights["quality", sign]
-                weights["quality", (aspect, sign)] = {w: 3 * x / sum(own.values()) for w, x in own.items()} | {
-                    w: x / sum(general.values()) for w, x in general.items()
-                }
+        for slot, opposites in g.OPINIONS.items():
+            for sign, words in zip((1, -1), opposites):
+                weights[slot, sign] = zipf(g.listed(words), f"{slot} {sign}")
         for sign in (1, -1):
-            weights["quality", ("overall", sign)] = weights["quality", sign]
+            general = weights["quality", ("overall", sign)] = weights.pop(("quality", sign))
+            for aspect, opposites in g.ASPECT_WORDS.items():  # three times in four, a word of the aspect's own
+                own = zipf(g.listed(opposites[0 if sign > 0 else 1]), f"{aspect} {sign}")
+                weights["quality", (aspect, sign)] = {word: 3 * x for word, x in own.items()} | general
         for category, named in g.ASPECTS.items():
             weights["aspects", category] = zipf(list(named), category)
         weights["items", None] = zipf(list(g.CATEGORY), "items")
@@ -174,13 +173,16 @@ class World:
         if key not in self._memo:
             category, asked, told, heed = key
             base = self._tables["aspects", category].log
-            self._memo[key] = _table({a: math.exp(x) * (heed if a in asked else 1.0) for a, x in base.items() if a not in told})
+            odds = {aspect: math.exp(x) * (heed if aspect in asked else 1.0) for aspect, x in base.items()}
+            self._memo[key] = _table({aspect: x for aspect, x in odds.items() if aspect not in told})
         return self._memo[key]
 
     def _choices(self, slot: str, scene: dict) -> Table:
         if slot in ("aspect", "first", "second"):
             return self._aspect(scene)
-        return self._item(scene) if slot == "item" else self._tables[slot, _KEY.get(slot, lambda scene: None)(scene)]
+        if slot == "item":
+            return self._item(scene)
+        return self._tables[slot, _KEY[slot](scene) if slot in _KEY else None]
 
     # -- the story, told once ---------------------------------------------------------------------------------------
 
@@ -205,7 +207,8 @@ class World:
         return text
 
     def _review(self, scene: dict, writer: Writer, pick) -> str:
-        scene |= {"sentiment": pick("sentiment", self._tables["sentiment", None]), "style": pick("style", self._tables["style", None])}
+        for slot in ("sentiment", "style"):
+            scene[slot] = pick(slot, self._tables[slot, None])
         scene |= {"told": frozenset(), "before": 0} | writer._asdict()
         stages = ["opening"] + ["middle"] * pick("middle", self._tables["middle", None])
         stages += ["verdict"] * pick("close", self._tables["close", None])
@@ -215,7 +218,8 @@ class World:
         scene = {"asked": ()}
         genre = pick("genre", self._tables["genre", None])
         if genre == "diary":
-            return " ".join(self._sentence("diary", scene, pick) for _ in range(pick("diary", self._tables["diary", None])))
+            lines = pick("diary", self._tables["diary", None])
+            return " ".join(self._sentence("diary", scene, pick) for _ in range(lines))
         request = [self._request(scene, pick)] if genre == "answer" else []
         return " ".join([*request, self._review(scene, CASUAL, pick)])
 
@@ -232,8 +236,13 @@ class World:
         return [self.sample_text(rng) for _ in range(n)]
 
     def log_prob(self, text: str) -> float:
-        """Exact ln p(text as a whole document) under the pretraining distribution; -inf if the grammar cannot make it."""
+        """Exact ln p(text as a whole document) of the pretraining distribution; -inf if the grammar cannot make it."""
         return self._log_prob(text, self._document)
+
+    def floor(self, texts: Sequence[str], tokens: int) -> float:
+        """The floor of the loss on these texts, in nats per token: - sum ln p(text) / number of predicted tokens. Every
+        token of a document but its BOS is predicted, its EOS too."""
+        return -math.fsum(map(self.log_prob, texts)) / tokens
 
     def demonstration_log_prob(self, prompt: str, completion: str) -> float:
         """Exact ln p(completion, then its end | prompt) under the careful writers of `demonstrations`."""
@@ -284,20 +293,28 @@ class World:
 
     gold_rewards = staticmethod(gold_rewards)  # a world is all that a pipeline needs to know
 
-    def rank(self, prompt: str, completions: Sequence[str], rng: np.random.Generator, record: Mapping | None = None) -> list[int]:
+    def rank(
+        self, prompt: str, completions: Sequence[str], rng: np.random.Generator, record: Mapping | None = None
+    ) -> list[int]:
         """A labeller's ranks, 0 = best; identical completions tie. See `review_labels.plackett_luce`."""
         rewards = gold_rewards([prompt] * len(completions), completions, [record] * len(completions))
         return labels.plackett_luce(rewards, completions, self.label_temperature, rng)
 
-    def rankings(self, prompts: Sequence[Mapping], completions_per_prompt: Sequence[Sequence[str]], seed: int) -> list[dict]:
-        """{"prompt", "completions", "ranks"} per prompt. K is as many as were given: `candidates` says how many to draw."""
+    def rankings(
+        self, prompts: Sequence[Mapping], completions_per_prompt: Sequence[Sequence[str]], seed: int
+    ) -> list[dict]:
+        """{"prompt", "completions", "ranks"} per prompt record. K is as many as were given; `candidates` says how many
+        to draw."""
         rng = np.random.default_rng([self.seed, zlib.crc32(b"rankings"), seed])
-        rows = zip(prompts, completions_per_prompt, strict=True)
-        return [{"prompt": p["prompt"], "completions": list(c), "ranks": self.rank(p["prompt"], c, rng, p)} for p, c in rows]
+        return [
+            {"prompt": p["prompt"], "completions": list(c), "ranks": self.rank(p["prompt"], c, rng, p)}
+            for p, c in zip(prompts, completions_per_prompt, strict=True)
+        ]
 
     def candidates(self, n: int, seed: int, least: int = 4, most: int = 9) -> list[int]:
         """How many completions to draw for each of n prompts: K uniform on [least, most]."""
-        return np.random.default_rng([self.seed, zlib.crc32(b"candidates"), seed]).integers(least, most + 1, n).tolist()
+        rng = np.random.default_rng([self.seed, zlib.crc32(b"candidates"), seed])
+        return rng.integers(least, most + 1, n).tolist()
 
     def write_all(self, directory: str | Path, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Path]:
         """Writes the files a user would bring, JSON Lines, and returns their paths by name.
@@ -315,7 +332,8 @@ class World:
         }
         if unknown := set(sizes) - set(makers):
             raise ValueError(f"no file is called {sorted(unknown)}; there are {sorted(makers)}")
-        return {name: write_jsonl(Path(directory) / f"{name}.jsonl", makers[name](n, 2 * seed)) for name, n in sizes.items()}
+        paths = {name: Path(directory) / f"{name}.jsonl" for name in sizes}
+        return {name: write_jsonl(path, makers[name](sizes[name], 2 * seed)) for name, path in paths.items()}
 
 
 # slot -> the part of the scene its distribution depends on; slots not named here depend on nothing

@@ -272,6 +272,18 @@ def test_initialiser_of_a_foreign_module_is_pruned(make):
     assert flops(lambda k: nn.init(model.specs(), k)) < 1.1 * flops(model._init)
 
 
+def test_initialiser_of_a_foreign_module_is_traced_once():
+    calls = []
+
+    def build(dim, rngs):
+        calls.append(1)
+        return NNXToy(dim, rngs=rngs)
+
+    model = flax_module.nnx(build, {"dim": 6}, unembed="embed/embedding")
+    params = jax.eval_shape(lambda k: nn.init(model.specs(), k), jax.random.key(0))
+    assert len(jax.tree.leaves(params)) == 9 and len(calls) <= 3  # shapes, graph, init: not one per leaf
+
+
 @pytest.mark.parametrize("unembed, message", [("nothing", "no parameter 'nothing'.*embed/embedding"), ("norm/scale", "has shape"), ("q/kernel", "has shape")])
 def test_a_wrong_unembedding_is_refused(unembed, message):
     model = flax_module.linen(LinenToy(6), unembed=unembed)

@@ -205,6 +205,22 @@ def test_chunks_without_targets_are_skipped(f):
     assert np.isfinite(value) and np.isfinite(dw).all() and not np.asarray(dx)[:, :3].any()
 
 
+def test_skipped_chunks_cost_nothing(monkeypatch):
+    """4 chunks, of which the first holds no target: 3 are computed, and once more in the backward of `logprob` alone."""
+    real, runs = lp._logits, []
+    monkeypatch.setattr(lp, "_logits", lambda *a: (jax.debug.callback(lambda: runs.append(1)), real(*a))[1])
+
+    def count(f):
+        runs.clear()
+        jax.block_until_ready(jax.jit(f)(X.astype(np.float32)))
+        jax.effects_barrier()
+        return len(runs)
+
+    some = lambda x: lp.logprob(x, Unembed(W.astype(np.float32)), TOKENS, MASK, chunk=B * V * 3).logp.sum()
+    fused = lambda x: lp.linear_ce(x, Unembed(W.astype(np.float32)), TOKENS, MASK, chunk=B * V * 3).total
+    assert [count(some), count(jax.grad(some)), count(fused), count(jax.grad(fused))] == [3, 6, 3, 3]
+
+
 def test_garbage_under_the_mask_and_an_empty_mask():
     other, tokens = X.astype(np.float32).copy(), TOKENS.copy()
     other[MASK == 0] = 1e4

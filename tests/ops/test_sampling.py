@@ -31,7 +31,7 @@ def test_a_grid_of_uniforms_gives_the_distribution_itself(V):
 
 @pytest.mark.parametrize("V", [5, 600])
 def test_edges_never_pick_a_token_without_probability(V):
-    """u = 0, u just under 1, and u on the border of every block, where rounding could fall to either side."""
+    """u = 0, u just under 1 and 1 itself (outside the domain, but never out of range), and u on the border of every block, where rounding could fall to either side."""
     rows, us = [], []
     r = np.random.default_rng(0)
     for _ in range(200):
@@ -40,7 +40,8 @@ def test_edges_never_pick_a_token_without_probability(V):
         sums = np.cumsum(np.pad(p, (0, -V % 256)).reshape(-1, 256).sum(-1, dtype=np.float32), dtype=np.float32)
         for u in (0.0, np.nextafter(np.float32(1), np.float32(0)), *(sums[:-1] / sums[-1])):
             for v in (u, np.nextafter(np.float32(u), np.float32(0))):
-                rows.append(p), us.append(min(np.float32(v), np.nextafter(np.float32(1), np.float32(0))))
+                rows.append(p), us.append(np.clip(v, 0, 1))
+        rows.append(p), us.append(1.0)
     rows = np.stack(rows)
     got = np.asarray(inverse_cdf(np.array(us, np.float32), rows))
     assert (rows[np.arange(len(got)), got] > 0).all()
