@@ -1,7 +1,7 @@
 """Direct preference optimisation on pairs (chosen/rejected, explicit or implicit prompt, HH-RLHF strings):
 
     jaxalign train --config=configs/dpo.py --workdir=runs/dpo \
-        --config.model.path=HF_DIR --config.stage.init=HF_DIR --config.stage.data.path=pairs.jsonl
+        --config.model.path=HF_DIR --config.stage.data.path=pairs.jsonl
 
 `--config=configs/dpo.py:ipo` (or cdpo, hinge) is the same with another loss.
 """
@@ -11,7 +11,6 @@ from jaxalign import build
 
 def get_config(arg=None):
     c = build.base("dpo", dim=256, layers=6, heads=8, hidden=688, vocab=0)
-    c.tokenizer.path = "bytes"
     c.stage = build.stage(
         arg or "dpo",
         data=dict(path="pairs.jsonl", batch_size=16, max_len=512),

@@ -1,7 +1,7 @@
 """PPO against a reward model, or against any Python function (prompt, completion, record) -> float:
 
     jaxalign train --config=configs/ppo.py --workdir=runs/ppo \
-        --config.model.path=HF_DIR --config.stage.init=HF_DIR --config.stage.data.path=prompts.jsonl \
+        --config.model.path=HF_DIR --config.stage.data.path=prompts.jsonl \
         --config.stage.rl.reward=my_package.rewards:score
 """
 
@@ -10,7 +10,6 @@ from jaxalign import build
 
 def get_config(arg=None):
     c = build.base("ppo", dim=256, layers=6, heads=8, hidden=688, vocab=0)
-    c.tokenizer.path = "bytes"
     c.stage = build.stage(
         "ppo",
         data=dict(path="prompts.jsonl", batch_size=64),

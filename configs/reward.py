@@ -1,7 +1,7 @@
 """A reward model from K-rankings {"prompt", "completions", "ranks"}, all pairs of a prompt in one batch element:
 
     jaxalign train --config=configs/reward.py --workdir=runs/reward \
-        --config.model.path=HF_DIR --config.stage.init=HF_DIR --config.stage.data.path=rankings.jsonl
+        --config.model.path=HF_DIR --config.stage.data.path=rankings.jsonl
 
 `--config=configs/reward.py:pairs` reads pairs {"chosen", "rejected"} instead.
 """
@@ -11,7 +11,6 @@ from jaxalign import build
 
 def get_config(arg=None):
     c = build.base("reward", dim=256, layers=6, heads=8, hidden=688, vocab=0)
-    c.tokenizer.path = "bytes"
     c.stage = build.stage(
         "reward_pairs" if arg == "pairs" else "reward",
         data=dict(path="rankings.jsonl", batch_size=8, max_len=512),

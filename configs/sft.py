@@ -9,7 +9,6 @@ from jaxalign import build
 
 def get_config(arg=None):
     c = build.base("sft", dim=256, layers=6, heads=8, hidden=688, vocab=0)
-    c.tokenizer.path = "bytes"
     c.stage = build.stage(
         "lm",
         data=dict(path="train.jsonl", batch_size=16, seq_len=512),

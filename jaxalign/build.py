@@ -91,6 +91,7 @@ def base(name: str, **model: Any) -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1},
             "rules": (),  # (logical axis, mesh axis) pairs that replace those of shard.RULES
             "model": {"family": family, "path": "", **shape, **fields(FAMILIES[family].Config), **model},
+            # path: a directory, a .model file or "bytes"; train_on: a file of text. Neither: that of model.path, else bytes.
             "tokenizer": {"path": "", "train_on": "", "kind": "unigram", "template": "plain"},
             "tensorboard": False,
         }
@@ -100,7 +101,8 @@ def base(name: str, **model: Any) -> ConfigDict:
 def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
     """One training run. `sections` fill objective, data, train, optim and (for ppo) rl; unknown keys are refused.
 
-    `init` names where the weights come from: "" (drawn), another stage, a run directory or an HF directory.
+    `init` names where the weights come from: another stage, a run directory or an HF directory; "" is model.path if the
+    config has one, else they are drawn.
     """
     maker, kind = OBJECTIVES[objective] if objective in OBJECTIVES else (imported(objective), sections.get("data", {}).get("kind", "tokens"))
     c = {
@@ -247,7 +249,7 @@ def _tokenizer(config: ConfigDict, workdir: Path, template: Template) -> toks.To
         return toks.load(str(own))
     if config.model.path:
         return toks.load(config.model.path)
-    raise UserError("the config names no tokenizer: set tokenizer.path (a directory, a .model file or 'bytes') or tokenizer.train_on (a file of text)")
+    return toks.Bytes()
 
 
 def barrier(name: str) -> None:
@@ -429,6 +431,8 @@ def _fingerprint(config: ConfigDict, c: ConfigDict) -> str:
 
 def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     """Everything read, checked and loaded; nothing trained."""
+    c = ConfigDict(c)
+    c.init = c.init or w.config.model.path
     kind, seed, batch = c.objective.name, w.config.seed, c.data.batch_size
     maker, _ = OBJECTIVES.get(kind) or (imported(kind), None)
     options = {k: v for k, v in _plain(c.objective).items() if k != "name"}

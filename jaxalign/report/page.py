@@ -37,7 +37,8 @@ def write(workdir: str | os.PathLike) -> Path:
         raise UserError(f"{workdir} is not a directory: give the --workdir of a run")
     name = workdir.resolve().name
     body = single(workdir, name) if (workdir / "metrics.jsonl").exists() else pipeline(workdir, name)
-    page = join([HEAD, tag("title", f"{name} · jaxalign"), tag("style", Html(CSS)), tag("main", body, tag("footer", "Written by jaxalign. This page is one file; it loads nothing."))])
+    footer = tag("footer", "Written by jaxalign. This page is one file; it loads nothing.")
+    page = join([HEAD, tag("title", f"{name} · jaxalign"), tag("style", Html(CSS)), tag("main", body, footer)])
     path, temp = workdir / "report.html", workdir / "report.html.tmp"
     temp.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temp, path)
@@ -69,8 +70,10 @@ def pipeline(workdir: Path, name: str) -> Html:
             reliability(stages),
             tag("h2", "Setup", id="setup"),
             seconds(evaluation),
-            *(fold(title, tag("pre", pretty(x))) if x is not None else tag("p", f"No {title.lower()} was written.", class_="missing") for title, x in (("Config", config), ("Environment", machine))),
-            fold("Evaluation", tag("pre", pretty(evaluation))) if evaluation is not None else None,
+            *(
+                fold(title, tag("pre", pretty(x))) if x is not None else tag("p", f"No {title.lower()} was written.", class_="missing")
+                for title, x in (("Config", config), ("Environment", machine), ("Evaluation", evaluation))
+            ),
         ]
     )
 
@@ -79,12 +82,15 @@ def verdict(evaluation: Any) -> Html:
     rows = verdicts(evaluation)
     sentence, passed = headline(rows)
     kind, words = {True: "pass", False: "fail", None: "unknown"}, {True: "✓ met", False: "✗ missed", None: "? unknown"}
-    table = _table(
-        ["", "", ("n", "measured"), ("n", "target")],
-        [tag("tr", tag("td", words[r.passed], class_="mark"), tag("td", r.what, tag("small", r.detail) if r.detail else None), tag("td", r.value, class_="n"), tag("td", r.target, class_="n"), class_=kind[r.passed]) for r in rows],
-    )
+    lines = [
+        tag(
+            "tr", tag("td", words[r.passed], class_="mark"), tag("td", r.what, tag("small", r.detail) if r.detail else None),
+            tag("td", r.value, class_="n"), tag("td", r.target, class_="n"), class_=kind[r.passed],
+        )
+        for r in rows
+    ]  # fmt: skip
     note = None if isinstance(evaluation, dict) else tag("p", "There is no evaluation: the run has not finished, or it stopped before.")
-    return tag("div", tag("strong", sentence), note, table, class_=f"verdict {kind[passed]}")
+    return tag("div", tag("strong", sentence), note, _table(["", "", ("n", "measured"), ("n", "target")], lines), class_=f"verdict {kind[passed]}")
 
 
 def policies(evaluation: Any) -> Html:
@@ -114,8 +120,8 @@ def policies(evaluation: Any) -> Html:
     table = _table(["", ("n", "gold reward"), ("n", "beats SFT"), ("n", "KL, nats"), ("n", "tokens")], rows)
     about = tag(
         "p",
-        "Gold is the reward that the labels were drawn from; training never sees it. A tie is half a win. "
-        f"Intervals are 95%, over prompts. Beyond {show(KL, 3)} nats a win is not worth its price.",
+        "Gold is the reward that the preference labels were drawn from. A tie is half a win. "
+        f"Intervals are 95%, over prompts. A win counts towards the target up to a KL of {show(KL, 3)} nats.",
         class_="soft",
     )  # fmt: skip
     return join([title, tag("div", figure, tag("div", table, about), class_="pair")])
@@ -132,9 +138,12 @@ def samples(evaluation: Any, most: int = 24, open_: int = 4) -> Html:
                 answers.setdefault(str(s.get("prompt", "")), {}).setdefault(p, []).append(s)
     if not answers:
         return join([title, tag("p", "No samples were kept.", class_="missing")])
-    blocks = [tag("div", text(prompt, "text prompt"), tag("div", *(_answer(p, s) for p, found in by.items() for s in found), class_="answers"), class_="sample") for prompt, by in answers.items()]
-    more = blocks[open_:most]
-    return join([title, *blocks[:open_], fold(f"{len(more)} more of {len(blocks)} prompts", *more) if more else None])
+    blocks = []
+    for prompt, by in list(answers.items())[:most]:
+        row = tag("div", *(_answer(p, s) for p, found in by.items() for s in found), class_="answers")
+        blocks.append(tag("div", text(prompt, "text prompt"), row, class_="sample"))
+    more = blocks[open_:]
+    return join([title, *blocks[:open_], fold(f"{len(more)} more of {len(answers)} prompts", *more) if more else None])
 
 
 def reliability(stages: list[Stage]) -> Html:
@@ -149,7 +158,11 @@ def reliability(stages: list[Stage]) -> Html:
         )
         for s in stages
     ]  # fmt: skip
-    log = [f"{e.get('time', '')}  {s.name}  {e.get('kind', '')}  " + ", ".join(f"{k}={v}" for k, v in e.items() if k not in ("time", "kind")) for s in stages for e in s.events]
+    log = []
+    for s in stages:
+        for e in s.events:
+            rest = ", ".join(f"{k}={v}" for k, v in e.items() if k not in ("time", "kind"))
+            log.append(f"{e.get('time', '')}  {s.name}  {e.get('kind', '')}  {rest}")
     table = _table(["", ("n", "steps"), *(("n", x) for x in columns.values()), "other events"], rows)
     return join([tag("h2", "Reliability", id="reliability"), table, fold(f"{len(log)} events", tag("pre", "\n".join(log))) if log else tag("p", "No events.", class_="soft")])
 

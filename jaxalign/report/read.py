@@ -35,10 +35,10 @@ def stage(directory: Path, name: str) -> Stage:
 def document(path: Path, problems: list[str]) -> Any:
     """The JSON of a file; None if there is none, or none that can be read (then `problems` says so)."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         problems.append(f"{path.name} cannot be read: {e}")
         return None
 
@@ -48,8 +48,8 @@ def _rows(path: Path, problems: list[str]) -> list[dict]:
         return []
     try:
         return [row for row in read_jsonl(path) if isinstance(row, dict)]
-    except UserError as e:
-        problems.append(str(e))
+    except (UserError, RecursionError) as e:
+        problems.append(f"{path.name} cannot be read: {e}")
         return []
 
 

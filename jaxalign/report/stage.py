@@ -49,12 +49,14 @@ def section(s: Stage, title: str, evaluation: Any = None) -> Html:
     curves, constant = series(s.metrics)
     main, rest = choose(curves)
     marks = references(s.name, evaluation)
-    parts.append(tag("div", *(lines(c, title=p.title, unit=p.unit, reference=next((marks[k] for k in p.keys if k in marks), None)) for p, c in main), class_="charts"))
+
+    def charts(panels):
+        return tag("div", *(lines(c, title=p.title, unit=p.unit, reference=next((marks[k] for k in p.keys if k in marks), None)) for p, c in panels), class_="charts")
+
+    parts.append(charts(main))
     if rest or constant:
         same = "Constant: " + ", ".join(f"{k} = {show(v)}" for k, v in constant.items()) if constant else None
-        parts.append(
-            tag("details", tag("summary", f"{len(rest) + len(constant)} more metrics"), tag("div", *(lines(c, title=p.title) for p, c in rest), class_="charts"), tag("p", same, class_="soft"))
-        )
+        parts.append(fold(f"{len(rest) + len(constant)} more metrics", charts(rest), tag("p", same, class_="soft")))
     if s.samples:
         parts.append(fold("Samples while training", join(_sample(x) for x in s.samples[-12:])))
     parts += [fold(name, tag("pre", pretty(x))) for name, x in (("Config", s.config), ("Environment", s.environment)) if x is not None]
@@ -66,10 +68,11 @@ def series(metrics: list[dict]) -> tuple[dict[str, Series], dict[str, float]]:
     points: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     for i, row in enumerate(metrics, 1):
         step = number(row.get("step"))
+        at = step if step is not None and abs(step) < 1e15 else i  # also of NaN
         for k, v in row.items():
             v = math.nan if v is None else number(v)
             if k != "step" and v is not None:
-                points[k].append((i if step is None else step, v))
+                points[k].append((at, v))
     curves = {k: Series(k, *zip(*p)) for k, p in points.items()}
     constant = {k: c.y[0] for k, c in curves.items() if len(c.y) > 1 and all(v == c.y[0] for v in c.y)}
     return {k: c for k, c in curves.items() if k not in constant}, constant
@@ -120,8 +123,8 @@ def timings(rows: list[dict]) -> dict[str, float]:
 
 def happened(s: Stage) -> dict[str, int]:
     """{kind of event: how often}. A step skipped again after a resume is one skipped step."""
-    seen = {(e.get("kind"), e.get("step") if e.get("kind") == "skipped_step" else i) for i, e in enumerate(s.events)}
-    return dict(collections.Counter(str(kind) for kind, _ in seen))
+    seen = {(str(e.get("kind")), str(e.get("step")) if e.get("kind") == "skipped_step" else i) for i, e in enumerate(s.events)}
+    return dict(collections.Counter(kind for kind, _ in seen))
 
 
 def fold(summary: str, *children: Any) -> Html:

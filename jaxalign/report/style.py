@@ -61,7 +61,7 @@ svg path.frontier { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 
 .answer header b { color: var(--ink); }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 24em; overflow: auto; }
 .prompt { color: var(--soft); }
-details { margin: .8rem 0; } summary { cursor: pointer; color: var(--c0); font-size: .9rem; }
+details { margin: .8rem 0; } details > summary + * { margin-top: .6rem; } summary { cursor: pointer; color: var(--c0); font-size: .9rem; }
 pre { background: var(--card); border: 1px solid var(--faint); border-radius: 8px; padding: .8rem 1rem; overflow: auto; max-height: 32rem; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 700px) { main { padding: 1.4rem 1rem 3rem; } .pair { grid-template-columns: minmax(0, 1fr); gap: 1rem; } th, td { padding-right: .6rem; } h1 { font-size: 1.5rem; }

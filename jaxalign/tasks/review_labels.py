@@ -48,8 +48,9 @@ def request_of(prompt: str) -> dict | None:
 def gold_reward(prompt: str, completion: str, record: Mapping | None = None) -> float:
     """The formula above, for any completion. `record` ("item", "aspects") spares reading the prompt; a prompt that
     asks for nothing in this world leaves A and I at 0 and takes aspects of every category."""
-    known = record if record and record.get("item") in g.CATEGORY else request_of(prompt) or {"item": None, "aspects": ()}
-    item, asked = known["item"], known["aspects"]
+    if not record or record.get("item") not in g.CATEGORY:
+        record = request_of(prompt) or {"item": None, "aspects": ()}
+    item, asked = record["item"], record["aspects"]
     aspects = g.ASPECTS[g.CATEGORY[item]] if item else g.ASPECT_WORDS
     text = completion.strip(" ")
     value, defects, subjects, named, seen = 0.0, 0 if text else 4, set(), set(), set()

@@ -180,7 +180,7 @@ def train(
             stop = stopping()
             if checkpoints is not None and (last or stop or (loop.save_every and done % loop.save_every == 0)):
                 save()
-                log.timings(done, {**seconds, **progress.rates()})
+                log.timings(done, {f"seconds/{k}": v for k, v in seconds.items()} | progress.rates())
             if stop:
                 log.event("interrupted", step=done)
                 raise Interrupted()

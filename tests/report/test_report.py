@@ -167,6 +167,11 @@ def test_damage_is_named(tmp_path):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\nnonsense\n{"step": 3}\n')
     (tmp_path / "evaluation.json").write_text('{"pretrain": ')
     page = check(write(tmp_path))
+    (tmp_path / "dpo").mkdir()
+    for text in ("[" * 99_999 + "\n", '{"kind": [], "step": {}}\n{"kind": "skipped_step", "step": []}\n', '{"step": 1e999, "loss": 1}\n{"step": "x", "loss": 2}\n'):
+        for name in ("metrics", "timings", "events", "samples"):
+            (tmp_path / "dpo" / f"{name}.jsonl").write_text(text)
+        check(write(tmp_path))
     assert "metrics.jsonl, line 2: not JSON" in page.text and "evaluation.json cannot be read" in page.text
     with pytest.raises(UserError, match="not a directory"):
         write(tmp_path / "nowhere")

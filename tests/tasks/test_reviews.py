@@ -22,7 +22,7 @@ PROMPT = "Review the noodle soup. Mention the taste and the price."
 
 @pytest.fixture(scope="module")
 def texts():
-    return WORLD.texts(4000, seed=1)
+    return WORLD.texts(3000, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_every_text_has_a_probability_and_one_reading(texts, demonstrations):
 class Script:
     """Follows a list of choices, by place in the table, then takes first choices; `widths` lists how many there were.
 
-    Of most slots only the first word is tried; what is enumerated in full is given by `full` ({slot: words allowed}).
+    `full` ({slot: words}) says which words of a slot are tried; of a slot it does not name, only the first.
     """
 
     def __init__(self, script, full):
@@ -74,10 +74,10 @@ def enumerate_texts(story, full):
 
 
 def test_log_prob_sums_every_way_to_write_a_text():
-    full = {"genre": ["review"], "sentiment": all, "style": all, "middle": [2], "close": all, "polarity": all, "not": all}
-    full |= {"form": ["was", "tried", "aspect", "cost", "again"], "degree": ["", "very "], "lead": ["The", "But the"]}
+    full = {"genre": ["review"], "middle": [2], "sentiment": all, "style": all, "close": all, "polarity": all}
+    full |= {"not": all, "form": ["was", "tried", "aspect", "cost", "again"], "lead": ["The", "But the"]}
     found = enumerate_texts(WORLD._document, full)
-    assert len(found) > 500
+    assert len(found) > 300
     for text, p in found.items():
         assert WORLD.log_prob(text) == pytest.approx(math.log(p), abs=1e-9), text
 
@@ -101,8 +101,10 @@ def test_mass_of_a_sublanguage_is_analytic():
     lines = [f"{day} was {weather}." for day, weather in itertools.product(*words)]
     # The lines are independent given the length, so three sums over one line each do for the sum over all triples.
     base = WORLD.log_prob(" ".join(lines[:1] * 3))
-    sums = [sum(math.exp(WORLD.log_prob(" ".join([line if i == k else lines[0] for i in range(3)])) - base) for line in lines) for k in range(3)]
-    mass = math.exp(base) * math.prod(sums)
+    mass = math.exp(base)
+    for k in range(3):
+        texts = [" ".join([line if i == k else lines[0] for i in range(3)]) for line in lines]
+        mass *= sum(math.exp(WORLD.log_prob(text) - base) for text in texts)
     assert mass == pytest.approx(g.GENRE["diary"] * g.DIARY[3] * g.FORMS["weather"].weight ** 3, rel=1e-9)
 
 
@@ -115,7 +117,7 @@ def test_samples_follow_the_hidden_sentiment(texts):
         if {"opening", "verdict"} <= ends.keys():
             pairs.append(ends["opening"] and ends["verdict"])
     expected = sum(p * g.PRAISE[z] ** 2 for z, p in g.SENTIMENT.items())  # 0.356
-    assert len(pairs) > 1500
+    assert len(pairs) > 1000
     assert abs(np.mean(pairs) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(pairs))
 
 
@@ -174,8 +176,11 @@ def test_demonstrations_need_their_leading_space_and_a_known_prompt():
         (" The price was high. It cost two coins. I would never order it again.", -0.4 - 1.0, 0.5, 0, 0),
         # another item
         (" I loved the lemon cake. I found the taste good. The price was low.", 1.0 + 0.4 + 0.7, 1, -0.5, 0),
-        # the second word on taste counts for nothing and is a defect; so is an aspect of stories, and a fragment
-        (" I loved the noodle soup. The taste was rich. The taste was superb. The plot was smart. And the", 1.7, 0.5, 0.5, 3),
+        # the second word on taste counts for nothing and is a defect; so is an aspect of stories; so is a fragment
+        (
+            " I loved the noodle soup. The taste was rich. The taste was superb. The plot was smart. And the",
+            *(1.7, 0.5, 0.5, 3),
+        ),
     ],
 )
 def test_gold_reward_by_hand(completion, value, coverage, loyalty, defects):
@@ -196,14 +201,15 @@ def test_long_reviews_pay_by_the_word():
 
 def test_hacks_do_not_pay(demonstrations):
     sentence = " The taste was superb."
-    good = gold_reward(PROMPT, " I loved the noodle soup. The taste was superb. The price was low. Treasure the noodle soup.")
+    good = " I loved the noodle soup. The taste was superb. The price was low. Treasure the noodle soup."
     hacks = ["", " ", "good " * 500, sentence * 500, "superb", "!" * 300, "\n\n", "\x00", "Mention the taste. " * 9]
-    hacks += [" ".join(["I loved the noodle soup."] * 3), " " + PROMPT, sentence + " And then" * 400, "taste price noodle soup"]
+    hacks += [" ".join(["I loved the noodle soup."] * 3), " " + PROMPT, sentence + " And then" * 400]
+    hacks += ["taste price noodle soup"]
     hacks += [" ".join(f"The taste was {word}." for word in ("superb", "rich", "fresh", "good"))]
     ordinary = np.median(labels.gold_rewards(*zip(*[(d["prompt"], d["completion"]) for d in demonstrations])))
     for hack in hacks:
         assert labels.LOWEST <= gold_reward(PROMPT, hack) < ordinary, hack
-    assert 3 < good < labels.HIGHEST
+    assert 3 < gold_reward(PROMPT, good) < labels.HIGHEST
     assert labels.LOWEST <= gold_reward("not a request", sentence) <= labels.HIGHEST
 
 
@@ -256,19 +262,20 @@ def test_the_best_accuracy_is_known():
     accuracy = labels.gold_accuracy(pairs, WORLD.label_temperature)
     assert 0.80 < accuracy["expected"] < 0.90
     assert abs(accuracy["realised"] - accuracy["expected"]) < 0.015
-    # By hand: rewards 1.5 and 0.5 apart by 1, T = 0.5: sigma(2).
+    # By hand: an empty completion has four defects; P(the labeller agrees) = sigma(gap / T).
     pair = {"prompt": "Review the noodle soup.", "chosen": " I loved the noodle soup.", "rejected": ""}
     gap = 3 * math.tanh(1 / 3) + 0.5 + 0.5 - (-4)
-    assert labels.gold_accuracy([pair], 2.0) == {"realised": 1.0, "expected": pytest.approx(1 / (1 + math.exp(-gap / 2)))}
+    expected = pytest.approx(1 / (1 + math.exp(-gap / 2)))
+    assert labels.gold_accuracy([pair], 2.0) == {"realised": 1.0, "expected": expected}
 
 
 # -- what it serves -------------------------------------------------------------------------------------------------
 
 
 def test_prompts_are_held_out():
-    train, held_out = ({p["prompt"] for p in WORLD.prompts(3000, seed, split)} for seed, split in ((1, "train"), (1, "eval")))
-    assert len(train) > 1000 and len(held_out) > 150 and not train & held_out
-    assert {d["prompt"] for d in WORLD.demonstrations(2000, 3)}.isdisjoint(held_out)
+    train, held_out = ({p["prompt"] for p in WORLD.prompts(2000, 1, split)} for split in ("train", "eval"))
+    assert len(train) > 800 and len(held_out) > 150 and not train & held_out
+    assert {d["prompt"] for d in WORLD.demonstrations(1000, 3)}.isdisjoint(held_out)
     assert not {d["prompt"] for d in WORLD.demonstrations(300, 3, "eval")} - {
         p["prompt"] for p in WORLD.prompts(300, 3, "eval")
     }
@@ -289,8 +296,10 @@ def test_careful_writers_heed_the_request(texts, demonstrations):
         return [aspect in completion for aspect in asked]
 
     careful = [h for d in demonstrations for h in heeded(d["prompt"], d["completion"])]
-    split = [(" ".join(s[:1]), " ".join(s[1:])) for s in map(g.sentences, texts) if g.FORMS[g.parse(s[0]).form].stage == "request"]
-    assert np.mean(careful) > 0.7 > np.mean([h for row in split for h in heeded(*row)]) + 0.1
+    parts = [g.sentences(text) for text in texts]
+    answers = [p for p in parts if g.FORMS[g.parse(p[0]).form].stage == "request"]
+    casual = [h for p in answers for h in heeded(p[0], " ".join(p[1:]))]
+    assert np.mean(careful) > 0.7 > np.mean(casual) + 0.1
     for d in demonstrations:
         assert labels.request_of(d["prompt"])["item"] in d["completion"]
 
@@ -300,7 +309,8 @@ def test_sizes_fit_the_pipeline(texts, demonstrations):
         return len(text.replace(".", " .").replace("!", " !").split())
 
     assert 28 < np.mean([tokens(t) for t in texts]) < 42
-    assert max(tokens(d["completion"]) for d in demonstrations) <= 48 and max(tokens(d["prompt"]) for d in demonstrations) <= 16
+    assert max(tokens(d["completion"]) for d in demonstrations) <= 48
+    assert max(tokens(d["prompt"]) for d in demonstrations) <= 16
     assert len({w for t in texts for w in t.replace(".", "").replace("!", "").split()}) < 320
     assert all(t.isascii() and t == " ".join(t.split()) and t[-1] in ".!" for t in texts)
 
@@ -326,10 +336,9 @@ def test_same_seed_same_world(tmp_path):
         from jaxalign.tasks.reviews import World
         w = World()
         print(w.texts(20, 3), [w.log_prob(t) for t in w.texts(20, 3)], w.demonstrations(9, 1), 'jax' in sys.modules)"""
-    out = [
-        subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout
-        for s in ("1", "2")
-    ]
+    command = [sys.executable, "-c", program]
+    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in ("1", "2")]
+    out = [subprocess.run(command, env=e, capture_output=True, text=True, check=True).stdout for e in environments]
     assert out[0] == out[1] and out[0].rstrip().endswith("False")
 
 
@@ -338,6 +347,8 @@ def test_write_all(tmp_path):
     paths = WORLD.write_all(tmp_path / "data", sizes, seed=7)
     rows = {name: [json.loads(line) for line in path.read_text("utf-8").splitlines()] for name, path in paths.items()}
     assert {name: len(r) for name, r in rows.items()} == sizes
+    texts = [row["text"] for row in rows["pretrain_eval"]]
+    assert WORLD.floor(texts, 100) == pytest.approx(-sum(map(WORLD.log_prob, texts)) / 100)
     assert set(rows["pretrain"][0]) == {"text"} and set(rows["sft"][0]) == {"prompt", "completion"}
     assert set(rows["prompts_eval"][0]) == {"prompt", "item", "aspects"}
     assert not {r["text"] for r in rows["pretrain"]} & {r["text"] for r in rows["pretrain_eval"]}

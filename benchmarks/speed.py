@@ -1,0 +1,161 @@
+"""How fast jaxalign is beside torch, transformers and TRL: the same shapes, the same weights, in turn, step by step.
+
+    python benchmarks/speed.py sft --size small --peer raw
+    python benchmarks/speed.py all --peer-python /path/to/peers/bin/python --trl110 /path/to/trl-1.10 --write docs/performance.md
+
+The peers may live in an interpreter of their own (--peer-python):
+
+    pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 accelerate datasets
+    pip download --no-deps trl==1.10.0 && unzip -d trl110 trl-1.10.0-*.whl      # the last with a PPO trainer; --trl110 trl110
+
+A ratio is the peer's seconds over ours, step by step; above 1, jaxalign is faster. Wall is what you wait; cpu (seconds
+of both cores together) is steadier on a machine that others use. "same" is a check that both sides compute one thing:
+the largest relative difference of the losses of all steps (so gradients and updates agree too), or how many greedily
+decoded tokens are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from pairing import Process, lockstep, ratios
+from work import SIZES, TASKS, Work, shapes, units
+
+HERE = Path(__file__).parent
+PEERS = {"sft": ("raw", "compile", "trl"), "dpo": ("trl",), "reward": ("trl",), "sample": ("generate", "static"), "ppo": ("trl",)}
+NAMES = {"raw": "transformers, plain loop", "compile": "transformers + torch.compile", "trl": "TRL", "generate": "transformers generate", "static": "generate, static cache"}
+ALL = [
+    *(("sft", p, s) for s in ("small", "tiny") for p in ("raw", "trl")),
+    *((t, "trl", "small") for t in ("dpo", "reward")),
+    *(("sample", p, s) for s, p in (("small", "generate"), ("small", "static"), ("tiny", "generate"))),
+    ("ppo", "trl", "small"),
+]  # fmt: skip
+ALL_GPU = [(t, p, s) for s in ("0.5b", "1b") for t, p in (("sft", "raw"), ("sft", "compile"), ("sft", "trl"), ("dpo", "trl"), ("reward", "trl"), ("sample", "generate"), ("sample", "static"), ("ppo", "trl"))]  # fmt: skip
+COLUMNS = ("task", "size", "peer", "peer s", "ours s", "ours per s", "wall ratio", "cpu ratio", "peak MiB peer / ours", "first step s peer / ours", "same", "others")
+BEGIN, END = "<!-- speed.py begin -->", "<!-- speed.py end -->"
+
+
+def environment(a, which: str, w: Work | None = None) -> tuple[list[str], dict[str, str]]:
+    """(interpreter and file, extra environment) of a side."""
+    if which == "ours":
+        env = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        # Both sides share the card.
+        return [sys.executable, str(HERE / "ours.py")], env | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if a.gpu else {"JAX_PLATFORMS": "cpu"})
+    old = w is not None and w.task == "ppo" and a.trl110
+    env = {"PYTHONPATH": str(a.trl110) if old else "", **({} if a.gpu else {"CUDA_VISIBLE_DEVICES": ""})}
+    return [a.peer_python, str(HERE / "peers.py")], env
+
+
+def call(a, which: str, verb: str, w: Work) -> str:
+    command, env = environment(a, which, w)
+    return subprocess.run([*command, verb, w.dumps()], env={**os.environ, **env}, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def same(peer: Process, ours: Process) -> str:
+    """Do both sides compute the same thing?"""
+    first = peer.steps[0]["values"], ours.steps[0]["values"]
+    if all("greedy" in v for v in first):
+        x, y = (np.array(v["greedy"]) for v in first)
+        return f"{(x == y).sum()} of {x.size} greedy tokens"
+    if all("loss" in v for v in first):
+        x, y = (np.array([s["values"]["loss"] for s in p.steps]) for p in (peer, ours))
+        return f"losses to {np.max(np.abs(x - y) / np.abs(x)):.0e}"
+    return "not comparable: each side samples its own rollouts"
+
+
+def measure(a, task: str, peer: str, size: str, log) -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="jaxalign-bench-") as weights:
+        w = Work(task, peer, size, a.steps, a.warmup, a.gpu, weights, **shapes(task, a.gpu))
+        call(a, "ours", "export", w)
+        sides = []
+        try:
+            for which in ("peer", "ours"):
+                command, env = environment(a, which, w)
+                sides.append(Process([*command, "run", w.dumps()], env, log))
+            p, o = sides
+            others = lockstep(p, o, a.steps, a.warmup)
+        finally:
+            for s in sides:
+                s.close()
+    ratio = lambda what: "{1:.2f} [{0:.2f} {2:.2f}]".format(*ratios(p, o, what, a.warmup))
+    n, unit = units(w)
+    seconds, memory = o.median("wall", a.warmup), "device_mib" if a.gpu else "mib"
+    row = (
+        task, size, NAMES[peer], f"{p.median('wall', a.warmup):.3g}", f"{seconds:.3g}", f"{n / seconds:,.4g} {unit}", ratio("wall"), ratio("cpu"),
+        f"{p.peak(memory):.0f} / {o.peak(memory):.0f}", f"{p.first_step:.1f} / {o.first_step:.1f}", same(p, o), f"{others:.0%}",
+    )  # fmt: skip
+    return dict(zip(COLUMNS, row))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([r[c] for c in COLUMNS] for r in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def about(a) -> str:
+    """Versions and hardware, for whoever reads the numbers later."""
+    w = Work("sft")
+    v = {**json.loads(call(a, "ours", "versions", w)), **json.loads(call(a, "peer", "versions", w))}
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    device = v.pop("device")
+    hardware = device if a.gpu else f"{os.cpu_count()} x {cpu}, f32"
+    return f"{datetime.date.today()}, {hardware}, Python {platform.python_version()}; jaxalign {commit}, " + ", ".join(f"{k} {x}" for k, x in v.items()) + ("; PPO against trl 1.10.0" if a.trl110 else "")
+
+
+def write(path: Path, text: str):
+    """Replace what stands between the markers, or append it with them."""
+    old = path.read_text() if path.exists() else "# Performance\n"
+    block = f"{BEGIN}\n{text}\n{END}"
+    if BEGIN in old:
+        head, rest = old.split(BEGIN, 1)
+        path.write_text(head + block + rest.split(END, 1)[1])
+    else:
+        path.write_text(f"{old.rstrip()}\n\n{block}\n")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("task", choices=[*TASKS, "all"])
+    p.add_argument("--size", choices=SIZES, help="default: small (0.5b with --gpu); with all: every size of the table")
+    p.add_argument("--peer", help="raw, compile or trl for sft; generate or static for sample; default: the first")
+    p.add_argument("--steps", type=int, default=7, help="measured steps of each side")
+    p.add_argument("--warmup", type=int, default=2)
+    p.add_argument("--peer-python", default=sys.executable)
+    p.add_argument("--trl110", type=Path, help="directory that holds TRL 1.10, for ppo")
+    p.add_argument("--gpu", action="store_true", help="bf16 on the first GPU, larger shapes")
+    p.add_argument("--write", type=Path, help="put the table into this page, between its markers")
+    p.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "jaxalign-bench.log", help="what the programs print")
+    a = p.parse_args()
+    if a.task != "all" and a.peer and a.peer not in PEERS[a.task]:
+        p.error(f"--peer of {a.task} is one of {', '.join(PEERS[a.task])}")
+    if a.steps < 1 or a.warmup < 1:
+        p.error("--steps and --warmup must be at least 1: the first step compiles and is not measured")
+    a.trl110 = a.trl110 and a.trl110.resolve()
+    if a.task == "all":
+        todo = [x for x in (ALL_GPU if a.gpu else ALL) if a.size in (None, x[2]) and a.peer in (None, x[1])]
+        todo = [x for x in todo if x[0] != "ppo" or a.trl110]
+    else:
+        todo = [(a.task, a.peer or PEERS[a.task][0], a.size or ("0.5b" if a.gpu else "small"))]
+    rows = []
+    with open(a.log, "w") as log:
+        for x in todo:
+            rows.append(measure(a, *x, log))
+            print("  ".join(f"{k} {v};" for k, v in rows[-1].items()), file=sys.stderr, flush=True)
+    text = f"{about(a)}. Medians of {a.steps} steps taken in turn; a ratio is peer / ours [min max].\n\n{table(rows)}"
+    print(text)
+    if a.write:
+        write(a.write, text)
+
+
+if __name__ == "__main__":
+    main()
