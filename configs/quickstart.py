@@ -11,8 +11,9 @@ from jaxalign import build
 
 def get_config(arg=None):
     full = arg != "smoke"
-    c = build.base("quickstart", family="decoder", vocab=512, dim=128, layers=4, heads=4, hidden=344, max_len=128)
-    c.tokenizer.train_on = "data/pretrain.jsonl"
+    shape = dict(dim=128, layers=4, heads=4, hidden=344) if full else dict(dim=64, layers=2, heads=2, hidden=172)
+    c = build.base("quickstart", vocab=768, max_len=128, **shape)
+    c.tokenizer.train_on, c.tokenizer.kind = "data/pretrain.jsonl", "bpe"
     c.world = {
         "name": "jaxalign.tasks.reviews:World",
         "sizes": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from absl import flags
@@ -82,6 +83,8 @@ def run(argv: list[str] | None = None) -> None:
         print(HELP)
         sys.exit(0 if len(argv) > 1 else 2)
     verb = argv[1]
+    # A user meets compile time first, and most of it only once. Set before anything imports jax.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "jaxalign"))
     try:
         if verb not in VERBS:
             from jaxalign.build import nearest

@@ -65,6 +65,7 @@ def ppo(
         exp: Experience = batch["ppo"] if mixed else batch
         mask = targets(exp.mask, exp.segments)
         n = mask.sum()
+        exp = exp._replace(**{k: jnp.where(mask > 0, getattr(exp, k), 0.0) for k in ("logp", "values", "advantages", "returns")})
         out, values = policy_and_values(model, value, params, exp, temperature=temperature)
         pg, pg_clipped = policy_loss(out.logp, exp.logp, exp.advantages, mask, clip)
         vf, vf_clipped = value_loss(values, exp.values, exp.returns, value_clip)

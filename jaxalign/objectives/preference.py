@@ -62,8 +62,8 @@ def preference(model: Model, equation: Callable, *, beta: float) -> Objective:
 
     def loss(params, frozen, aux, batch: Pairs, key, stats) -> Loss:
         w, l, n_w, n_l, entropy = pair_logps(model, params, batch)
-        a, b = w - batch.ref_chosen, l - batch.ref_rejected
         real = ((n_w > 0) & (n_l > 0)).astype(jnp.float32)
+        a, b = (jnp.where(real > 0, x, 0.0) for x in (w - batch.ref_chosen, l - batch.ref_rejected))
         n = real.sum()
         terms = {"preference": Term((real * equation(a, b, n_w, n_l, beta)).sum(), n)}
         a, b, w, l, entropy = jax.lax.stop_gradient((a, b, w, l, entropy))

@@ -31,7 +31,7 @@ def ranking(rewards, rank, valid):
     With ties, C(K,2) becomes the number of strict pairs.
     """
     pairs = strict_pairs(rank, valid)
-    gap = rewards[:, :, None] - rewards[:, None, :]
+    gap = jnp.where(pairs > 0, rewards[:, :, None] - rewards[:, None, :], 0.0)  # an empty slot may hold anything
     return (pairs * bradley_terry(gap, 0.0)).sum((1, 2)) / jnp.maximum(pairs.sum((1, 2)), 1)
 
 
@@ -45,7 +45,7 @@ def pairs(model: ScalarModel, *, centre: float = 0.0) -> Objective:
         w, l = r[:B], r[B:]
         real = (batch.chosen.mask.any(1) & batch.rejected.mask.any(1)).astype(jnp.float32)
         n = real.sum()
-        terms = {"reward": Term((real * bradley_terry(w, l, batch.margin)).sum(), n)}
+        terms = {"reward": Term((real * bradley_terry(w, l, jnp.where(real > 0, batch.margin, 0.0))).sum(), n)}
         if centre:
             terms["centring"] = Term((real * centring(w, l)).sum(), n, centre)
         return Loss(terms, _metrics(jax.lax.stop_gradient(w), jax.lax.stop_gradient(l), real))

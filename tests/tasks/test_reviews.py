@@ -145,6 +145,7 @@ def test_entropy_agrees_between_samples(texts):
         "I loved the noodle soup. The taste was rich. The taste was good.",  # twice the same aspect
         "I loved the noodle soup. The taste was rich. It cost two coins. Avoid the lemon cake.",  # another item
         "The taste was rich. I loved the noodle soup. It cost two coins.",  # order
+        "I loved the noodle soup. The taste was rich. It cost two coins. Monday was hot.",  # a line too many
         "Monday was hot. Monday was hot.",  # a diary has three lines at least
     ],
 )
