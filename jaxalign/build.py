@@ -7,7 +7,6 @@ Defaults are read off the signatures they belong to, so a field is written down 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import inspect
 import json
@@ -396,7 +395,6 @@ class Stage:
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
-            log.snapshot({**{k: v for k, v in _plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name})
             st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh)
             fn = step.make_step(
                 self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
@@ -406,7 +404,8 @@ class Stage:
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**_plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") else None,
-                peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, fingerprint=_fingerprint(w.config, c),
+                peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c),
+                config={**{k: v for k, v in _plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name},
             )  # fmt: skip
             params = tree.merge(st.params, self.base) if self.base is not None else st.params
             return params["policy"] if c.objective.name == "ppo" else params
@@ -422,11 +421,9 @@ class Stage:
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
 
 
-def _fingerprint(config: ConfigDict, c: ConfigDict) -> str:
-    """Of everything that shapes training; not of how often it is saved, logged or on which mesh it runs."""
-    plain = _plain(c)
-    plain["train"] = {"steps": c.train.steps}
-    return hashlib.sha256(json.dumps([plain, _plain(config.model), config.seed], sort_keys=True, default=str).encode()).hexdigest()
+def _settings(config: ConfigDict, c: ConfigDict) -> dict:
+    """Everything that shapes training; not how often it is saved or logged, nor on which mesh it runs."""
+    return {**_plain(c), "train": {"steps": c.train.steps}, "model": _plain(config.model), "seed": config.seed}
 
 
 def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:

@@ -60,13 +60,13 @@ def config(kind: str, data: Path, **over):
             data=dict(path=f"{data}/prompts.jsonl", batch_size=16),
             rl=dict(reward="runs:length_reward", epochs=2, minibatches=2, target=0.02, horizon=100.0, mix=dict(path=f"{data}/text.jsonl", batch_size=8, seq_len=32)),
             sampling=dict(max_new=8),
-            objective=dict(ptx_coef=0.3),
         ),
     }[kind]
     mix = sections.get("rl", {}).pop("mix", {})
     c.stage = build.stage(kind, **sections, train=dict(steps=STEPS, save_every=3), optim=dict(lr=3e-3, warmup=2))
     if mix:
         c.stage.rl.mix.update(mix)
+        c.stage.objective.ptx_coef = 0.3
     for k, v in over.items():
         at, *rest = c.stage, *k.split(".")
         for part in rest[:-1]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import signal
 import time
 from typing import Any, Callable
@@ -76,20 +77,20 @@ def _agree(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def resume(state: TrainState, source: Source, checkpoints: Checkpoints, log: RunLog, mesh) -> tuple[TrainState, dict]:
+def resume(state: TrainState, source: Source, checkpoints: Checkpoints, log: RunLog, mesh, settings: dict) -> tuple[TrainState, dict]:
     """(state, loop meta) from the newest checkpoint that verifies; the fresh state and {} where there is none.
 
     A damaged newest checkpoint falls back to the previous good one, with an event. Raises DamagedCheckpoint when
-    checkpoints exist and none verifies: never a silent restart.
+    checkpoints exist and none verifies: never a silent restart. Raises UserError, naming them, when settings or data
+    are not those of the checkpoint. Nothing on disk has changed when it raises.
     """
     step, damaged = checkpoints.latest_good()
-    for bad, why in damaged.items():
-        log.event("damaged_checkpoint", step=bad, reason=str(why))
     if step is None:
         log.truncate({})
         return state, {}
-    for name, why in checkpoints.ignored().items():
-        log.event("ignored_file", name=name, reason=why)
+    meta = checkpoints.meta(step)
+    if changed := changes(meta["settings"], json.loads(json.dumps(settings))):
+        raise UserError(f"{log.workdir}: the config is not that of checkpoint {step}: {'; '.join(changed)}. Restore the old config, or use a fresh --workdir")
     rows = NamedSharding(mesh, P(shard.ACTIVATIONS["batch"]))
 
     def place(x):
@@ -99,11 +100,22 @@ def resume(state: TrainState, source: Source, checkpoints: Checkpoints, log: Run
     saved = checkpoints.structure(step)
     target = {"state": states.abstract(state), "source": jax.tree.map(place, saved.get("source") or {})}
     arrays, meta = checkpoints.restore(step, target)
-    checkpoints.rewind(step)
     source.load_state_dict({**meta["source"], "arrays": arrays["source"] or None})
     log.truncate(meta["offsets"])
+    for bad, why in damaged.items():
+        log.event("damaged_checkpoint", step=bad, reason=str(why))
+    for name, why in checkpoints.ignored().items():
+        log.event("ignored_file", name=name, reason=why)
+    checkpoints.rewind(step)
     log.event("resume", step=step)
     return arrays["state"], meta
+
+
+def changes(then: Any, now: Any, at: str = "") -> list[str]:
+    """Every setting that is not what it was, by its dotted name."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [c for k in {**then, **now} for c in changes(then.get(k), now.get(k), f"{at}.{k}" if at else k)]
+    return [] if then == now else [f"{at} was {then!r}, is now {now!r}"]
 
 
 def train(
@@ -120,17 +132,21 @@ def train(
     flops_per_token: float | None = None,
     peak_flops: float | None = None,
     name: str = "train",
-    fingerprint: str = "",
+    settings: dict | None = None,
+    config: dict | None = None,
 ) -> TrainState:
     """Run to `loop.steps`, from the newest checkpoint if there is one. Returns the last state.
+
+    `settings` (JSON values): all that shapes training; a checkpoint made with others is refused. `config` goes to
+    config.json once it is known that the run can go on.
 
     Raises UserError after `max_skipped` non-finite steps in a row, Interrupted on SIGTERM or SIGINT after saving.
     """
     meta: dict[str, Any] = {}
     if checkpoints is not None:
-        state, meta = resume(state, source, checkpoints, log, mesh)
-        if meta.get("fingerprint", fingerprint) != fingerprint:
-            raise UserError("the config of this run differs from the one that its checkpoint was made with in what shapes training; use a fresh --workdir, or restore the old config")
+        state, meta = resume(state, source, checkpoints, log, mesh, settings or {})
+    if config is not None:
+        log.snapshot(config)
     begin = done = int(state.step)
     if begin >= loop.steps:
         log.event("already_complete", step=begin)
@@ -150,7 +166,7 @@ def train(
         with timed("save"), progress.paused():
             d = source.state_dict()
             arrays = {"state": state, "source": d.pop("arrays", {})}
-            checkpoints.save(done, arrays, {"source": d, "skipped": skipped, "offsets": log.offsets(), "fingerprint": fingerprint})
+            checkpoints.save(done, arrays, {"source": d, "skipped": skipped, "offsets": log.offsets(), "settings": settings or {}})
 
     with _stop_signal() as stopping, jax.set_mesh(mesh):
         while done < loop.steps:
