@@ -11,8 +11,8 @@ from jaxalign import build
 
 def get_config(arg=None):
     full = arg != "smoke"
-    shape = dict(dim=128, layers=4, heads=4, hidden=344) if full else dict(dim=64, layers=2, heads=2, hidden=172)
-    c = build.base("quickstart", vocab=768, max_len=128, **shape)
+    shape = dict(dim=96, layers=3, heads=4, hidden=256) if full else dict(dim=64, layers=2, heads=2, hidden=172)
+    c = build.base("quickstart", vocab=896, tied=False, max_len=128, **shape)
     c.tokenizer.train_on, c.tokenizer.kind = "data/pretrain.jsonl", "bpe"
     c.world = {
         "name": "jaxalign.tasks.reviews:World",
@@ -33,9 +33,9 @@ def get_config(arg=None):
     c.stages = {
         "pretrain": build.stage(
             "lm",
-            data=dict(path="data/pretrain.jsonl", eval_path="data/pretrain_eval.jsonl", batch_size=32, seq_len=128),
-            train=dict(steps=steps(600, 20), save_every=200),
-            optim=dict(lr=3e-3, warmup=steps(30, 5), weight_decay=0.1),
+            data=dict(path="data/pretrain.jsonl", eval_path="data/pretrain_eval.jsonl", batch_size=16, seq_len=128),
+            train=dict(steps=steps(1000, 20), save_every=250),
+            optim=dict(lr=4e-3, warmup=steps(30, 5), weight_decay=0.1),
         ),
         "sft": build.stage(
             "lm",

@@ -405,7 +405,7 @@ class Stage:
                 st, fn, self.source, self.frozen, run.Loop(**_plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") else None,
                 peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c),
-                config={**{k: v for k, v in _plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name},
+                config={**{k: v for k, v in _plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": _plain(c)},
             )  # fmt: skip
             params = tree.merge(st.params, self.base) if self.base is not None else st.params
             return params["policy"] if c.objective.name == "ppo" else params
@@ -422,8 +422,10 @@ class Stage:
 
 
 def _settings(config: ConfigDict, c: ConfigDict) -> dict:
-    """Everything that shapes training; not how often it is saved or logged, nor on which mesh it runs."""
-    return {**_plain(c), "train": {"steps": c.train.steps}, "model": _plain(config.model), "seed": config.seed}
+    """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
+    plain = _plain(c)
+    plain["data"] = {k: v for k, v in plain["data"].items() if k not in ("path", "eval_path")}
+    return {**plain, "train": {"steps": c.train.steps}, "model": _plain(config.model), "seed": config.seed}
 
 
 def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
@@ -433,7 +435,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     kind, seed, batch = c.objective.name, w.config.seed, c.data.batch_size
     maker, _ = OBJECTIVES.get(kind) or (imported(kind), None)
     options = {k: v for k, v in _plain(c.objective).items() if k != "name"}
-    if c.data.accumulate < 1 or batch % (c.data.accumulate * shard.batch_shards(w.mesh)):
+    if min(batch, c.data.accumulate) < 1 or batch % (c.data.accumulate * shard.batch_shards(w.mesh)):
         raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp {shard.batch_shards(w.mesh)}")
     o, loop = optim.Optim(**_plain(c.optim)), run.Loop(**_plain(c.train))
     key = nn.fold(jax.random.key(seed), "init", name)

@@ -15,7 +15,7 @@ STEPS = 7  # no multiple of anything below, so that every boundary is crossed
 # What a child process gets: quick compiles, kept for the next child.
 ENV = {
     **{k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")},
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/jaxalign-tests")),
@@ -123,3 +123,9 @@ def facts(workdir: Path) -> dict:
 
 def snapshot(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def get_config(arg: str):
+    """`--config=tests/runs.py:KIND:DATA`, for child processes."""
+    kind, data = arg.split(":", 1)
+    return config(kind, Path(data))

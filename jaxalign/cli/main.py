@@ -41,24 +41,38 @@ def common(fv: flags.FlagValues, config: bool = True) -> None:
 
 def parse(fv: flags.FlagValues, argv: list[str]) -> list[str]:
     """Positional arguments; any mistake on the command line as a UserError with the nearest right name."""
+    own, sys.argv = sys.argv, argv  # where config_flags looks for the overrides
     try:
-        return fv(argv)[1:]
+        rest = fv(argv)[1:]
+        if "config" in fv and fv.config is not None:
+            fv.config.lock()  # a file that could not be read says so only when it is used
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(_explain(e, fv, argv)) from None
-    except FileNotFoundError as e:
-        raise UserError(f"--config: no such file: {e.filename or e}") from None
+    except OSError as e:
+        why = e.strerror or str(e).splitlines()[-1].split("] ")[-1]
+        raise UserError(f"--config={_path(argv)}: {why}; paths are relative to {os.getcwd()}") from None
     except SyntaxError as e:
         raise UserError(f"--config: {e.filename}:{e.lineno}: {e.msg}") from None
+    finally:
+        sys.argv = own
+
+
+def _path(argv: list[str]) -> str:
+    return next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
 
 
 def _explain(e: Exception, fv: flags.FlagValues, argv: list[str]) -> str:
     """ml_collections reports an unknown key by a bare AttributeError: find it and name its neighbours."""
-    from ml_collections import ConfigDict
+    from ml_collections import ConfigDict, config_flags
 
     from jaxalign.build import nearest
 
     try:
-        config = fv["config"].value
+        plain = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=plain, sys_argv=[])
+        plain(["jaxalign", f"--config={_path(argv)}"])
+        config = plain.config
     except Exception:  # the config itself did not load
         config = None
     if isinstance(config, ConfigDict):

@@ -160,8 +160,10 @@ class SentencePiece:
 
     def save(self, directory: str) -> None:
         os.makedirs(directory, exist_ok=True)
-        with open(os.path.join(directory, "tokenizer.model"), "wb") as f:
+        path = os.path.join(directory, "tokenizer.model")
+        with open(f"{path}.{os.getpid()}.tmp", "wb") as f:  # a kill here must not leave half a vocabulary under its name
             f.write(self._proto)
+        os.replace(f.name, path)
 
 
 def train_sentencepiece(

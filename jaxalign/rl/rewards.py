@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import traceback
 from typing import Callable
 
 import jax
@@ -32,18 +33,24 @@ def python(fn: Callable[[str, str, dict], float], decode: Callable, mesh) -> Cal
     """Scores by ``fn(prompt, completion, record) -> float``; each process scores its own rows.
 
     The completion is decoded without its stop token (`decode` drops special ids). A result that is not a finite number
-    raises UserError naming the function and the row.
+    raises UserError naming the function and the row; so does an exception.
     """
+
+    name = getattr(fn, "__qualname__", repr(fn))
 
     def scorer(rollout: Rollout, prompts: Prompts):
         local = {f: shard.to_local(getattr(rollout, f)) for f in ("tokens", "mask", "segments", "row")}
         out = np.zeros(len(local["row"]), np.float32)
         for i, (tokens, mask, segments) in enumerate(zip(local["tokens"], local["mask"], local["segments"])):
             prompt, completion = decode(tokens[(mask == 0) & (segments != 0)]), decode(tokens[mask > 0])
-            value = fn(prompt, completion, prompts.records[i] if prompts.records else {})
+            case = f"for row {local['row'][i]} (prompt {prompt[:80]!r})"
+            try:
+                value = fn(prompt, completion, prompts.records[i] if prompts.records else {})
+            except Exception as e:
+                at = traceback.extract_tb(e.__traceback__)[-1]
+                raise UserError(f"reward function {name} raised {type(e).__name__}: {e} {case}, at {at.filename}:{at.lineno}; it must return a finite number") from e
             if not isinstance(value, (int, float, np.floating, np.integer)) or not math.isfinite(value):
-                name = getattr(fn, "__qualname__", repr(fn))
-                raise UserError(f"reward function {name} returned {value!r} for row {local['row'][i]} (prompt {prompt[:80]!r}); it must return a finite number")
+                raise UserError(f"reward function {name} returned {value!r} {case}; it must return a finite number")
             out[i] = value
         return shard.place(out, mesh)
 

@@ -82,3 +82,9 @@ def test_every_loss_starts_where_the_paper_says():
         np.testing.assert_allclose(got, kinds[k][1], rtol=1e-6)
     # and another policy starts elsewhere
     assert all(abs(got - kinds[k][1]) > 1e-3 for k, got in losses(tiny.init(tiny.LLAMA, seed=5), batch).items())
+
+
+def test_a_pair_already_won_pulls_less():
+    """The slope in h is -beta sigma(-beta h): at h = 20 and -20 with beta 0.1, sigma(-2) / sigma(2) = e^-2 apart."""
+    slope = jax.jit(jax.vmap(jax.grad(lambda a: preference.sigmoid_loss(a, 0.0, 1, 1, 0.1, 0.0))))(np.array([20.0, -20.0]))
+    np.testing.assert_allclose(slope[0] / slope[1], np.exp(-2), rtol=1e-5)

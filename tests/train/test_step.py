@@ -9,11 +9,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from jaxalign import tree
-from jaxalign.objectives import lm, preference
+from jaxalign.objectives import lm
 from jaxalign.train import optim, run, state, step
 from jaxalign.train.log import RunLog
 from jaxalign.types import Loss, Objective, Term, UserError
@@ -47,7 +46,7 @@ def check_accumulation(name, splits, bound):
 
 @pytest.mark.parametrize("name", CASES)
 def test_accumulation_in_f32(name):
-    check_accumulation(name, (2, 4, 8) if name in ("lm_smooth", "ppo") else (8,), 1e-6)
+    check_accumulation(name, (2, 4, 8) if name == "lm_smooth" else (8,), 1e-6)
 
 
 # Every float32 of the package read as float64: what is left is the algebra alone.
@@ -296,11 +295,3 @@ def test_frozen_leaves_get_no_gradient_and_are_read():
     grads = jax.jit(lambda p, f: step.gradient(Objective(loss), p, f, (), toy_batch(0), None)[2])({"w": jnp.ones(3)}, {"base": {"fixed": jnp.array([1.0, 2.0, 3.0])}})
     assert list(grads) == ["w"]
     np.testing.assert_array_equal(grads["w"], [1, 2, 3])
-
-
-def test_dpo_gradient_is_causal_in_its_weights():
-    """A pair that the policy already prefers by far pulls less than one it gets wrong: sigma(-beta h) scales both."""
-    batch = batch_of("dpo", B=2)
-    g = lambda h: np.asarray(jax.jit(jax.grad(lambda a: preference.sigmoid_loss(a, 0.0, 1, 1, 0.1, 0.0)))(h))
-    np.testing.assert_allclose(g(20.0) / g(-20.0), np.exp(-2), rtol=1e-5)  # sigma(-2) / sigma(2) = e^-2
-    assert optax.global_norm(compiled("dpo")(tiny.init(tiny.LLAMA), batch)[2]) > 0

@@ -1,0 +1,322 @@
+"""The command: every config by its own words, and every mistake refused with its place and its remedy."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+import runs
+from jaxalign import shard
+from jaxalign.cli import main as cli
+from jaxalign.tasks.reviews import World
+
+CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
+SMALL = ("dim=16", "layers=1", "heads=2", "hidden=32", "max_len=64")
+QUICK = ("--config.stage.train.steps=2", "--config.stage.data.batch_size=4", "--config.stage.optim.warmup=1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Quicker to compile for than the eight of conftest.py."""
+    with pytest.MonkeyPatch.context() as m:
+        make = shard.make_mesh
+        m.setattr(shard, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
+        yield
+
+
+def run(*args) -> None:
+    cli.run(["jaxalign", *map(str, args)])
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*args) -> the one error that the command prints before it exits with 2."""
+
+    def check(*args) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            run(*args)
+        text = capsys.readouterr().err
+        assert e.value.code == 2, text
+        assert text.count("jaxalign: error:") == 1 and "Traceback" not in text
+        return text[text.index("jaxalign: error:") :]
+
+    return check
+
+
+# -- every config, by the command in its docstring ------------------------------------------------------------------
+
+
+def documented(config: Path) -> list[list[str]]:
+    """The commands of a config's docstring, each as a list of words."""
+    doc = importlib.util.spec_from_file_location("c", config).loader.get_code("c").co_consts[0]
+    return [shlex.split(c) for c in re.findall(r"^    (jaxalign (?:.*\\\n)*.*)$", doc, re.M)]
+
+
+def arguments(config: Path) -> list[str]:
+    """What the docstring offers after the colon: `--config=configs/dpo.py:ipo` (or cdpo, hinge)."""
+    found = []
+    for first, more in re.findall(rf"`--config=configs/{config.stem}\.py:(\w+)`(?: \(or ([\w, ]+)\))?", config.read_text()):
+        found += [first, *more.replace(",", " ").split()]
+    return found
+
+
+def test_every_config_says_how_to_run_it():
+    assert len(CONFIGS) == 6
+    for config in CONFIGS:
+        [command] = documented(config)
+        assert command[1] == ("pipeline" if config.stem == "quickstart" else "train") and f"--config=configs/{config.name}" in command
+    assert [len(arguments(c)) for c in CONFIGS] == [3, 0, 0, 1, 1, 0]  # dpo, ppo, pretrain, quickstart, reward, sft
+
+
+@pytest.mark.parametrize("config", [f"{c.name}{a}" for c in CONFIGS for a in ("", *(f":{a}" for a in arguments(c)))])
+def test_every_config_loads(config, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    from jaxalign.cli import train
+
+    fv = cli.flags.FlagValues()
+    train.define(fv)
+    cli.parse(fv, ["train", f"--config=configs/{config}"])
+    assert fv.config.is_locked and fv.config.name == config.split(".")[0]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """Data of every kind, a pretrained model, and that model in Hugging Face form, by the documented commands."""
+    d = tmp_path_factory.mktemp("road")
+    runs.write_data(d)
+    (d / "corpus.txt").write_text("\n\n".join(World(seed=0).texts(150, 0)))
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(runs.ROOT)
+        follow("pretrain.py", d, "pretrain", {"corpus.txt": d / "corpus.txt"}, *(f"--config.model.{s}" for s in SMALL), "--config.model.vocab=330", "--config.stage.data.seq_len=32")
+    run("convert", f"--run={d / 'pretrain'}", f"--to={d / 'hf'}")
+    return d
+
+
+def follow(config: str, d: Path, out: str, files: dict, *more, arg: str = "") -> Path:
+    """Runs the documented command of a config with its file names replaced and what makes it small."""
+    [command] = documented(runs.ROOT / "configs" / config)
+    words = [w.replace(f"configs/{config}", f"configs/{config}{arg}") for w in command[1:]]
+    for name, path in {**files, f"runs/{config[:-3]}": d / out}.items():
+        assert any(name in w for w in words), (name, words)
+        words = [re.sub(rf"={re.escape(name)}$", f"={path}", w) for w in words]
+    run(*words, *QUICK, *more)
+    return d / out
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "config, arg, file, data, more, metric",
+    [
+        ("sft.py", "", "train.jsonl", "sft", ("--config.stage.data.seq_len=32", "--config.stage.train.log_every=1"), "nll"),
+        ("reward.py", "", "rankings.jsonl", "rankings", ("--config.stage.data.max_len=24",), "accuracy"),
+        ("reward.py", ":pairs", "rankings.jsonl", "pairs", ("--config.stage.data.max_len=24",), "accuracy"),
+        ("dpo.py", "", "pairs.jsonl", "pairs", ("--config.stage.data.max_len=24",), "rewards/margins"),
+        ("dpo.py", ":ipo", "pairs.jsonl", "pairs", ("--config.stage.data.max_len=24",), "rewards/margins"),
+        ("ppo.py", "", "prompts.jsonl", "prompts", ("--config.stage.sampling.max_new=4",), "objective/kl"),
+    ],
+)
+def test_the_documented_command(config, arg, file, data, more, metric, road, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    model = "DIR" if config == "sft.py" else "HF_DIR"
+    files = {model: road / "hf", file: road / f"{data}.jsonl"}
+    if config == "ppo.py":
+        files["my_package.rewards:score"] = "runs:length_reward"
+    out = follow(config, road, f"{config}{arg}".replace(":", "-"), files, *more, arg=arg)
+    rows = metrics(out)
+    assert [r["step"] for r in rows] == [1, 2] and metric in rows[0]
+    assert (out / "params/manifest.json").exists() and (out / "tokenizer").is_dir()
+    assert json.loads((out / "config.json").read_text())["section"]["train"]["steps"] == 2
+
+
+def greedy(capsys, directory: Path) -> list[dict]:
+    capsys.readouterr()
+    run("sample", f"--run={directory}", "--prompt=soup:", "--prompt=tea:", "--temperature=0", "--max_new=6", "--json")
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_sample_and_the_way_to_hugging_face_and_back(road, capsys):
+    first = greedy(capsys, road / "pretrain")
+    assert [r["prompt"] for r in first] == ["soup:", "tea:"] and all(1 <= r["tokens"] <= 6 for r in first)
+    run("convert", f"--hf={road / 'hf'}", f"--to={road / 'back'}")
+    assert runs.weights(road / "back/params") == runs.weights(road / "pretrain/params")
+    assert greedy(capsys, road / "back") == first
+
+
+def test_inspect(road, capsys, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    run("inspect", "--config=configs/sft.py", f"--config.model.path={road / 'hf'}", f"--config.stage.data.path={road / 'sft.jsonl'}", f"--workdir={road / 'i'}", "--config.stage.data.seq_len=32")
+    out = capsys.readouterr().out
+    assert '"examples": 40' in out and re.search(r"<bos>.*\[<eos>\]", out) and "mesh: {'data': 1" in out
+
+
+# -- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def tiny(road: Path, workdir: Path, *more: str, config: str = "sft.py", data="sft.jsonl", verb: str = "train") -> list[str]:
+    """A good command; `more` makes it a bad one."""
+    small = () if any("model.path" in m for m in more) else [f"--config.model.{s}" for s in SMALL]
+    if not any("stage.data.path" in m for m in more):
+        more = (f"--config.stage.data.path={road / data}", *more)
+    return [verb, f"--config={runs.ROOT / 'configs' / config}", f"--workdir={workdir}", *small, *QUICK, *more]
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ('{"prompt": "a", "completion": }', r"bad\.jsonl:3.*not JSON"),
+        ('{"prompt": "a", "completoin": "b"}', r"bad\.jsonl:3: .*"),
+        ('{"prompt": "a", "completion": ""}', r"bad\.jsonl:3: .*completion.*empty"),
+        ('{"prompt": "a", "completion": 7}', r"bad\.jsonl:3: .*completion"),
+        ('["a", "b"]', r"bad\.jsonl:3: .*object"),
+        ('{"prompt": "a", "completion": "b", "x": NaN}', r"bad\.jsonl:3.*NaN"),
+        ('{"text": "a", "messages": []}', r"bad\.jsonl:3: ambiguous"),
+    ],
+)
+def test_a_bad_row(row, said, road, refused, tmp_path):
+    lines = (road / "sft.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines[:2], row, *lines[2:]]) + "\n")
+    text = refused(*tiny(road, tmp_path / "run", f"--config.stage.data.path={tmp_path / 'bad.jsonl'}"))
+    assert re.search(said, text), text
+    half = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "run.lock"]
+    assert not half
+
+
+def test_prompts_that_fill_the_row_are_counted_and_refused_when_many(road, refused, tmp_path, capsys):
+    good = [json.loads(line) for line in (road / "sft.jsonl").read_text().splitlines()]
+    write = lambda n: (tmp_path / "long.jsonl").write_text("".join(json.dumps({"prompt": "x" * 40 if i < n else r["prompt"], "completion": r["completion"]}) + "\n" for i, r in enumerate(good)))  # noqa: E731
+    args = tiny(road, tmp_path / "run", f"--config.stage.data.path={tmp_path / 'long.jsonl'}", "--config.stage.data.seq_len=32")
+    write(21)
+    text = refused(*args)
+    assert "21 of 40 examples were dropped (21 prompt_too_long)" in text and "max_drop=0.5" in text
+    write(5)
+    capsys.readouterr()
+    run("inspect", *args[1:])
+    assert '"dropped": {"prompt_too_long": 5}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--config.stage.optim.lrr=1", r"no such field 'lrr'; did you mean 'lr'"),
+        ("--config.stgae.optim.lr=1", r"no such field 'stgae'; did you mean 'stage'"),
+        ("--config.stage.optim.lr.x=1", r"no such field 'x'"),
+        ("--config.stage.train.steps=many", r"steps"),
+        ("--config.stage.train.steps=2.5", r"steps"),
+        ("--config.stage.optim.lr=NaN", r"optim\.lr must be .*finite.* got nan"),
+        ("--config.stage.optim.lr=-1e-3", r"optim\.lr must be .*>= 0, got -0\.001"),
+        ("--config.stage.optim.lr=inf", r"optim\.lr must be .*finite.* got inf"),
+        ("--config.stage.train.steps=0", r"steps"),
+        ("--config.stage.data.batch_size=0", r"batch_size"),
+        ("--config.stage.data.accumulate=3", r"batch_size 4 must be a multiple of data\.accumulate 3"),
+        ("--config.stage.data.packing=tight", r"tight"),
+        ("--config.stage.optim.schedule=cosin", r"schedule 'cosin' is unknown; choose constant, linear or cosine"),
+        ("--config.mesh.data=3", r"needs 3 devices, this program has 1; set one axis to -1"),
+        ("--config.mesh.fsdp=-1", r"at most one may be -1"),
+        ("--config.model.vocab=100", r"tokenizer has \d+ ids but the model only 100"),
+        ("--config.model.heads=3", r"dim 16 is not a multiple of model\.heads 3"),
+        ("--config.model.dim=0", r"model\.dim must be a positive"),
+        ("--config.tokenizer.template=chatlm", r"template 'chatlm' is unknown; did you mean 'chatml'"),
+        ("--config.stage.data.path=nowhere.jsonl", r"nowhere\.jsonl"),
+        ("--config.stage.init=nowhere", r"'nowhere' is neither a finished stage"),
+        ("--config.model.path=nowhere", r"nowhere"),
+        ("--stage=dpo", r"no stage 'dpo'"),
+        ("--confg=x.py", r"unknown flag --confg; did you mean 'config'"),
+    ],
+)
+def test_a_bad_flag(flag, said, road, refused, tmp_path):
+    text = refused(*tiny(road, tmp_path / "run", flag))
+    assert re.search(said, text), text
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "run.lock"]
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["trian"], r"unknown verb 'trian'; did you mean 'train'"),
+        (["train"], r"--config is missing"),
+        (["train", "--config=nowhere.py", "--workdir=w"], r"--config=nowhere\.py: No such file.*relative to"),
+        (["train", f"--config={runs.ROOT}/configs/quickstart.py", "--workdir=w"], r"has the stages pretrain, sft, reward, ppo, dpo: say which"),
+        (["train", f"--config={runs.ROOT}/configs/dpo.py:idpo", "--workdir=w"], r"idpo"),
+        (["pipeline", f"--config={runs.ROOT}/configs/sft.py", "--workdir=w"], r"one stage: run it with jaxalign train"),
+        (["eval", f"--config={runs.ROOT}/configs/quickstart.py:smoke", "--workdir=w"], r"."),
+        (["sample", "--prompt=x"], r"--run is missing"),
+        (["sample", "--run=nowhere", "--prompt=x"], r"nowhere holds no config\.json"),
+        (["sample", "--run=x", "--temperature=-1"], r"temperature"),
+        (["convert", "--run=x"], r"say what to convert"),
+        (["convert", "--run=x", f"--to={runs.ROOT}"], r"is not empty"),
+    ],
+)
+def test_a_bad_command(args, said, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = refused(*args)
+    assert re.search(said, text), text
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_help(capsys):
+    for args in ([], ["--help"], *([v, "--help"] for v in cli.VERBS)):
+        code = 0
+        try:
+            run(*args)
+        except SystemExit as e:
+            code = e.code
+        assert code == (0 if args else 2) and "jaxalign" in capsys.readouterr().out
+
+
+def test_a_reward_model_writes_nothing(road, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    out = road / "reward.py"
+    if not out.exists():
+        follow("reward.py", road, "reward.py", {"HF_DIR": road / "hf", "rankings.jsonl": road / "rankings.jsonl"}, "--config.stage.data.max_len=24")
+    assert "holds a reward model" in refused("sample", f"--run={out}", "--prompt=x")
+    assert "no prompt" in refused("sample", f"--run={road / 'pretrain'}")
+
+
+def nan_reward(prompt, completion, record):
+    return float("nan")
+
+
+def text_reward(prompt, completion, record):
+    return "good"
+
+
+def raising_reward(prompt, completion, record):
+    return record["no such key"]
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nan_reward", r"nan_reward returned nan for row \d+"),
+        ("text_reward", r"text_reward returned 'good' for row \d+"),
+        ("raising_reward", r"raising_reward.*KeyError.*no such key"),
+        ("lost_reward", r"cannot import 'test_cli:lost_reward'"),
+        ("", r"rl\.reward is empty"),
+    ],
+)
+def test_a_bad_reward(name, said, road, refused, tmp_path):
+    flags = (f"--config.model.path={road / 'hf'}", f"--config.stage.rl.reward={name and 'test_cli:' + name}", "--config.stage.sampling.max_new=4")
+    text = refused(*tiny(road, tmp_path / "run", *flags, config="ppo.py", data="prompts.jsonl"))
+    assert re.search(said, text), text
+    assert not (tmp_path / "run/params").exists()
+
+
+def test_preference_without_a_reference(road, refused, tmp_path):
+    assert "needs a reference model" in refused(*tiny(road, tmp_path / "run", config="dpo.py", data="pairs.jsonl"))
+
+
+def test_a_damaged_model_is_not_sampled_from(road, refused, tmp_path):
+    shutil.copytree(road / "pretrain", tmp_path / "pretrain")
+    path = max((p for p in (tmp_path / "pretrain/params/arrays").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "bytes instead of" in refused("sample", f"--run={tmp_path / 'pretrain'}", "--prompt=x")
+
+

@@ -1,0 +1,133 @@
+"""Two processes of four simulated devices each, started by the command itself, follow one process on one device."""
+
+import json
+import math
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import runs
+from jaxalign import shard
+from jaxalign.cli import main as cli
+
+STEPS = 20
+
+
+FLAGS = {
+    "lm": ("--config.stage.optim.schedule=constant",),
+    "dpo": (),
+    # Greedy: a sampled near-tie could flip. Rewards, KL to the reference and both epochs follow from the same tokens.
+    "ppo": ("--config.stage.sampling.temperature=0", "--config.stage.optim.lr=3e-4"),
+}
+MESH = {
+    "lm": ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),  # fsdp runs across the processes
+    "dpo": ("--config.mesh.data=2", "--config.mesh.fsdp=4"),
+    "ppo": ("--config.mesh.data=2", "--config.mesh.fsdp=4"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    runs.write_data(directory)
+    runs.start(directory)
+    return directory
+
+
+def arguments(kind: str, data: Path, workdir: Path, *more: str) -> list[str]:
+    return ["train", f"--config={runs.__file__}:{kind}:{data}", f"--workdir={workdir}", f"--config.stage.train.steps={STEPS}", "--config.stage.train.save_every=10", *FLAGS[kind], *more]
+
+
+def two(kind: str, data: Path, workdir: Path, *more: str) -> subprocess.Popen:
+    argv, env = runs.command(*arguments(kind, data, workdir, "--processes=2", *more), JAX_NUM_CPU_DEVICES="4")
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """kind -> the directory of the same run by one process on one device."""
+    done: dict[str, Path] = {}
+
+    def run(kind: str) -> Path:
+        if kind not in done:
+            done[kind] = tmp_path_factory.mktemp(kind)
+            with pytest.MonkeyPatch.context() as m:
+                make = shard.make_mesh
+                m.setattr(shard, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
+                cli.run(["jaxalign", *arguments(kind, data, done[kind])])
+        return done[kind]
+
+    return run
+
+
+def follows(a: list[dict], b: list[dict], rel: float = 1e-5, absolute: float = 1e-6) -> None:
+    """The same numbers at the same steps, to float tolerance."""
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for k in x:
+            if k == "rewards/accuracies" and x["step"] == 1:
+                continue  # the policy is still the reference: every margin is 0, and its sign is rounding
+            assert math.isclose(x[k], y[k], rel_tol=rel, abs_tol=absolute), (x["step"], k, x[k], y[k])
+
+
+@pytest.mark.parametrize("kind", MESH)
+def test_two_processes_follow_one(kind, data, alone, tmp_path):
+    process = two(kind, data, tmp_path / "two", *MESH[kind])
+    one = alone(kind)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    follows(metrics(tmp_path / "two"), metrics(one))
+    assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
+    assert out.count(f"{kind} {STEPS}/{STEPS} |") == 1  # process 0 alone reports
+    assert (tmp_path / "two/samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes() or kind == "ppo"
+    if kind == "lm":  # what two processes saved, one restores onto eight devices, and follows
+        for gone in ("checkpoints/20", "params"):
+            shutil.rmtree(tmp_path / "two" / gone)
+        cli.run(["jaxalign", *arguments(kind, data, tmp_path / "two")])
+        follows(metrics(tmp_path / "two"), metrics(one))
+        assert [json.loads(e)["step"] for e in (tmp_path / "two/events.jsonl").read_text().splitlines() if '"resume"' in e] == [10]
+
+
+def test_a_tensor_axis_across_processes(data, alone, tmp_path):
+    """Both processes then feed the same rows (`shard.local_rows`)."""
+    process = two("lm", data, tmp_path, "--config.stage.train.steps=4", "--config.mesh.data=1", "--config.mesh.tensor=8")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    follows(metrics(tmp_path), metrics(alone("lm"))[:4])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_a_process_that_dies_takes_the_other_with_it(data, tmp_path):
+    """As on a cluster, where nobody stands above them: SIGKILL to process 1 ends process 0, with an error, within a minute."""
+    port = free_port()
+    argv, env = runs.command(*arguments("lm", data, tmp_path, "--config.stage.train.steps=100000", "--config.mesh.fsdp=8", "--config.mesh.data=1"), JAX_NUM_CPU_DEVICES="4")
+    both = [subprocess.Popen(argv, env={**env, "JAXALIGN_PROCESS": f"{i}/2/127.0.0.1:{port}"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+            assert time.monotonic() < deadline and all(p.poll() is None for p in both)
+            time.sleep(0.02)
+        both[1].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        out, _ = both[0].communicate(timeout=60)
+        assert both[0].returncode not in (0, None), out
+        print(f"process 0 ended after {time.monotonic() - begin:.1f} s with {both[0].returncode}")
+    finally:
+        for p in both:
+            p.kill()
+            p.wait()
