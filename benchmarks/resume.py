@@ -21,6 +21,7 @@ those of the undisturbed run, to the bit. Exit code 1 if anything differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -77,12 +78,30 @@ def newest(stage: Path) -> tuple[int, dict]:
             continue
 
 
-def writing(stage: Path) -> list[str]:
-    """Names of checkpoints being written, or left half-written."""
+def writing(stage: Path) -> dict[str, int]:
+    """{name: when it was last written to} of checkpoints being written, or left half-written."""
+    out = {}
+    for p in stage.glob("checkpoints/*.jaxalign-tmp"):
+        with contextlib.suppress(OSError):  # just renamed away
+            if ".old" not in p.name:
+                out[p.name] = p.stat().st_mtime_ns
+    return out
+
+
+def alive(stage: Path) -> int:
+    """Changes when a process has found its place in the stage and writes the config that it goes on with."""
     try:
-        return [n for n in os.listdir(stage / "checkpoints") if n.endswith(".jaxalign-tmp") and n.split(".")[0].isdigit() and ".old" not in n]
+        return (stage / "config.json").stat().st_mtime_ns
     except OSError:
-        return []
+        return 0
+
+
+@dataclasses.dataclass
+class Moment:
+    """What the stage's directory held when the process to be killed had found its place in it."""
+
+    step: int
+    halves: dict[str, int]
 
 
 def ahead(stage: Path) -> int:
@@ -98,11 +117,11 @@ def finished(stage: Path) -> bool:
     return (stage / "params/manifest.json").exists()
 
 
-HIT: dict[str, Callable[[Path], bool]] = {
-    "save": lambda s: bool(writing(s)),
-    "line": lambda s: ahead(s) > 0 and not finished(s),
-    "epoch": lambda s: lines(s) % ITERATION != 0 and not finished(s),
-    "random": lambda s: lines(s) > 0 and not finished(s),
+HIT: dict[str, Callable[[Path, Moment], bool]] = {
+    "save": lambda s, m: any(m.halves.get(n) != t for n, t in writing(s).items()),
+    "line": lambda s, m: lines(s) > m.step and ahead(s) > 0,
+    "epoch": lambda s, m: lines(s) > m.step and lines(s) % ITERATION != 0,
+    "random": lambda s, m: lines(s) > m.step,
 }
 
 
@@ -125,19 +144,24 @@ def draw(stage: str, kind: str, rng: random.Random, steps: int = STEPS) -> Kill:
     return Kill(stage, kind, rng.randrange(1, steps - 4), rng.uniform(0, longest))
 
 
+def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.0005)
+
+
 def strike(argv: list[str], directory: Path, kill: Kill, env: dict | None = None, log: Path | None = None) -> None:
     """Starts the command, waits for the moment, SIGKILLs it, and looks at what it left. `directory`: that of the stage."""
+    before = alive(directory)
     with open(log or os.devnull, "ab") as out:
         process = subprocess.Popen(argv, stdout=out, stderr=out, env=env)
+        until = lambda condition: _until(lambda: process.poll() is not None or condition())  # noqa: E731
         try:
-            if kill.kind == "anywhere":
-                time.sleep(kill.delay)
-            else:
-                while process.poll() is None and lines(directory) < kill.after:
-                    time.sleep(0.001)
-                while process.poll() is None and not HIT[kill.kind](directory):
-                    time.sleep(0.0005)
-                time.sleep(kill.delay)
+            if kill.kind != "anywhere":
+                until(lambda: alive(directory) != before)
+                found = Moment(newest(directory)[0], writing(directory))
+                until(lambda: lines(directory) >= kill.after or finished(directory))
+                until(lambda: HIT[kill.kind](directory, found) or finished(directory))
+            time.sleep(kill.delay)
         finally:
             process.kill()
             process.wait()
@@ -145,7 +169,7 @@ def strike(argv: list[str], directory: Path, kill: Kill, env: dict | None = None
     position = f", minibatch {meta['source']['used']} of {ITERATION}" if meta.get("source", {}).get("used") is not None else ""
     half = ", ".join(f"{n}: {sum(1 for p in (directory / 'checkpoints' / n).rglob('*') if p.is_file())} files" for n in writing(directory))
     kill.seen = f"{lines(directory)} lines, {max(ahead(directory), 0)} bytes ahead of checkpoint {step}{position}" + (f"; left {half}" if half else "")
-    kill.hit = process.returncode == -9 and (kill.kind == "anywhere" or HIT[kill.kind](directory))
+    kill.hit = process.returncode == -9 and (kill.kind == "anywhere" or HIT[kill.kind](directory, found) and not finished(directory))
 
 
 # -- what must be the same ------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -13,6 +12,7 @@ import jax
 import pytest
 import runs
 from jaxalign import shard
+from jaxalign.cli import launch
 from jaxalign.cli import main as cli
 
 STEPS = 20
@@ -69,15 +69,15 @@ def alone(data, tmp_path_factory):
     return run
 
 
-def follows(a: list[dict], b: list[dict], rel: float = 1e-5, absolute: float = 1e-6) -> None:
-    """The same numbers at the same steps, to float tolerance."""
+def follows(a: list[dict], b: list[dict], absolute: float = 1e-6) -> None:
+    """The same numbers at the same steps, to 1e-5 of themselves; `absolute` for sums that cancel."""
     assert [r["step"] for r in a] == [r["step"] for r in b]
     for x, y in zip(a, b):
         assert x.keys() == y.keys()
         for k in x:
             if k == "rewards/accuracies" and x["step"] == 1:
                 continue  # the policy is still the reference: every margin is 0, and its sign is rounding
-            assert math.isclose(x[k], y[k], rel_tol=rel, abs_tol=absolute), (x["step"], k, x[k], y[k])
+            assert math.isclose(x[k], y[k], rel_tol=1e-5, abs_tol=absolute), (x["step"], k, x[k], y[k])
 
 
 @pytest.mark.parametrize("kind", MESH)
@@ -86,10 +86,12 @@ def test_two_processes_follow_one(kind, data, alone, tmp_path):
     one = alone(kind)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    follows(metrics(tmp_path / "two"), metrics(one))
+    # Whitened advantages sum to 0, so the policy loss is what rounding leaves of terms of size 1.
+    follows(metrics(tmp_path / "two"), metrics(one), 1e-5 if kind == "ppo" else 1e-6)
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
     assert out.count(f"{kind} {STEPS}/{STEPS} |") == 1  # process 0 alone reports
-    assert (tmp_path / "two/samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes() or kind == "ppo"
+    if kind == "ppo":  # the samples are greedy, so they are the same texts with the same scores
+        assert (tmp_path / "two/samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes() != b""
     if kind == "lm":  # what two processes saved, one restores onto eight devices, and follows
         for gone in ("checkpoints/20", "params"):
             shutil.rmtree(tmp_path / "two" / gone)
@@ -98,36 +100,41 @@ def test_two_processes_follow_one(kind, data, alone, tmp_path):
         assert [json.loads(e)["step"] for e in (tmp_path / "two/events.jsonl").read_text().splitlines() if '"resume"' in e] == [10]
 
 
-def test_a_tensor_axis_across_processes(data, alone, tmp_path):
-    """Both processes then feed the same rows (`shard.local_rows`)."""
-    process = two("lm", data, tmp_path, "--config.stage.train.steps=4", "--config.mesh.data=1", "--config.mesh.tensor=8")
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    follows(metrics(tmp_path), metrics(alone("lm"))[:4])
-
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def test_a_process_that_dies_takes_the_other_with_it(data, tmp_path):
-    """As on a cluster, where nobody stands above them: SIGKILL to process 1 ends process 0, with an error, within a minute."""
-    port = free_port()
-    argv, env = runs.command(*arguments("lm", data, tmp_path, "--config.stage.train.steps=100000", "--config.mesh.fsdp=8", "--config.mesh.data=1"), JAX_NUM_CPU_DEVICES="4")
-    both = [subprocess.Popen(argv, env={**env, "JAXALIGN_PROCESS": f"{i}/2/127.0.0.1:{port}"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+@pytest.fixture(scope="module")
+def widow(data, tmp_path_factory):
+    """(process 0, when process 1 was killed): as on a cluster, where nobody stands above the two."""
+    directory, port = tmp_path_factory.mktemp("widow"), free_port()
+    argv, env = runs.command(*arguments("lm", data, directory, *MESH["lm"], "--config.stage.train.steps=100000"), JAX_NUM_CPU_DEVICES="4")
+    both = [subprocess.Popen(argv, env={**env, launch.ENV: f"{i}/2/127.0.0.1:{port}"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+        while not (directory / "metrics.jsonl").exists() or len(metrics(directory)) < 3:
             assert time.monotonic() < deadline and all(p.poll() is None for p in both)
             time.sleep(0.02)
-        both[1].send_signal(signal.SIGKILL)
-        begin = time.monotonic()
-        out, _ = both[0].communicate(timeout=60)
-        assert both[0].returncode not in (0, None), out
-        print(f"process 0 ended after {time.monotonic() - begin:.1f} s with {both[0].returncode}")
+        both[1].kill()
+        yield both[0], time.monotonic()
     finally:
         for p in both:
             p.kill()
-            p.wait()
+            p.communicate()
+
+
+def test_a_tensor_axis_across_processes(data, alone, widow, tmp_path):
+    """Both processes then feed the same rows (`shard.local_rows`). Meanwhile `widow` finds out."""
+    process = two("lm", data, tmp_path, "--config.stage.train.steps=4", "--config.mesh.data=1", "--config.mesh.tensor=8")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    follows(metrics(tmp_path), metrics(alone("lm"))[:4])
+
+
+def test_a_process_that_dies_ends_the_other(widow):
+    """SIGKILL to process 1 ends process 0, with an error, within a minute."""
+    process, died = widow
+    out, _ = process.communicate(timeout=max(1.0, 60 - (time.monotonic() - died)))
+    assert process.returncode not in (0, None), out

@@ -7,12 +7,14 @@ K key/value heads, G = N / K, H head width.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 # Where masked scores go. Finite, so that a row that sees nothing gives a finite mean and finite gradients.
 MASKED = -1e30
-# Queries per block of the causal form: each block reads only the keys before its end. Found best on CPU (64 of 256).
+# Queries per block of the causal form, at least: each block reads only the keys before its end.
 BLOCK = 64
 
 
@@ -28,14 +30,67 @@ def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window:
 
 
 def _plain(q, k, v, ok, scale, softcap):
-    """q [B,T,K,G,H], k and v [B,S,K,H], ok bool[B,T,S] -> [B,T,K,G,H]. Scores and softmax in f32."""
-    s = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    """q [B,K,G,T,H], k and v [B,K,S,H], ok bool[B,T,S] -> [B,K,G,T,H]. Scores and softmax in f32."""
+    s = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
     s = jnp.where(ok[:, None, None], s, MASKED)
     p = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
-    p = (p / p.sum(-1, keepdims=True)).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", p, v)
+    return (jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=jnp.float32) / p.sum(-1, keepdims=True)).astype(v.dtype)
+
+
+# -- causal self-attention by blocks of queries: half of the square is never computed, and no probabilities are kept ----
+
+
+def _blocks(q_segments, window):
+    """(first query, last + 1, visible bool[B,1,1,t,last + 1]) of each block."""
+    T = q_segments.shape[1]
+    size = max(BLOCK, -(-T // 32))
+    for a in range(0, T, size):
+        b = min(a + size, T)
+        ok = visible(q_segments[:, a:b], q_segments[:, :b], jnp.arange(a, b), jnp.arange(b), causal=True, window=window)
+        yield a, b, ok[:, None, None]
+
+
+def _scores(q, k, ok):
+    return jnp.where(ok, jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32), MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _causal(q, k, v, segments, window):
+    return _causal_fwd(q, k, v, segments, window)[0]
+
+
+def _causal_fwd(q, k, v, segments, window):
+    out, lse = [], []
+    for a, b, ok in _blocks(segments, window):
+        s = _scores(q[..., a:b, :], k[:, :, :b], ok)
+        top = s.max(-1, keepdims=True)
+        p = jnp.exp(s - top)
+        total = p.sum(-1, keepdims=True)
+        out.append(jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, :b], preferred_element_type=jnp.float32) / total)
+        lse.append(top + jnp.log(total))
+    out, lse = jnp.concatenate(out, -2).astype(v.dtype), jnp.concatenate(lse, -2)
+    return out, (q, k, v, segments, out, lse)
+
+
+def _causal_bwd(window, saved, g):
+    """Probabilities are made again from the scores and lse (Dao et al. 2022, 2205.14135, section 3.1)."""
+    q, k, v, segments, out, lse = saved
+    inner = (g.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for a, b, ok in _blocks(segments, window):
+        rows, keys = (Ellipsis, slice(a, b), slice(None)), (slice(None), slice(None), slice(0, b))
+        p = jnp.exp(_scores(q[rows], k[keys], ok) - lse[rows])
+        dp = jnp.einsum("bkgth,bksh->bkgts", g[rows], v[keys], preferred_element_type=jnp.float32)
+        ds = (p * (dp - inner[rows])).astype(q.dtype)
+        dq.append(jnp.einsum("bkgts,bksh->bkgth", ds, k[keys]))
+        dk = dk.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", ds, q[rows], preferred_element_type=jnp.float32))
+        dv = dv.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", p.astype(g.dtype), g[rows], preferred_element_type=jnp.float32))
+    return jnp.concatenate(dq, -2), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_causal.defvjp(_causal_fwd, _causal_bwd)
 
 
 def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, scale=None, softcap=None) -> jax.Array:
@@ -46,16 +101,12 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     scale = H**-0.5 if scale is None else scale
-    q = q.reshape(B, T, K, N // K, H)
-    kv_slots = jnp.arange(S)
-
-    def part(a, b, keys):
-        ok = visible(q_segments[:, a:b], kv_segments[:, :keys], start + jnp.arange(a, b), kv_slots[:keys], causal=causal, window=window)
-        return _plain(q[:, a:b], k[:, :keys], v[:, :keys], ok, scale, softcap)
-
-    if causal and T == S and T > BLOCK and isinstance(start, int) and T % BLOCK == 0 and T // BLOCK <= 32:
-        # Half of the square is never looked at: cut the queries into blocks that read only what comes before.
-        out = jnp.concatenate([part(a, a + BLOCK, a + BLOCK) for a in range(0, T, BLOCK)], axis=1)
+    # Heads before time: every product below is then a plain batched matrix product.
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    if causal and T == S and softcap is None and isinstance(start, int):
+        out = _causal(q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
     else:
-        out = part(0, T, S)
-    return out.reshape(B, T, N, H)
+        ok = visible(q_segments, kv_segments, start + jnp.arange(T), jnp.arange(S), causal=causal, window=window)
+        out = _plain(q, k, v, ok, scale, softcap)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)

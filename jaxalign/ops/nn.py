@@ -97,9 +97,29 @@ class Unembed:
 # -- weights meet activations ---------------------------------------------------------------------------------------
 
 
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@jax.custom_vjp
+def _dot_cpu(x, w):
+    return _dot(x, w)
+
+
+def _dot_cpu_bwd(saved, dy):
+    # Autodiff's x^T dy makes XLA's CPU matmul walk x by columns; transposed first, it runs up to twice as fast.
+    x, w = saved
+    dy2 = dy.reshape(-1, dy.shape[-1])
+    dw = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T) @ dy2
+    return jax.lax.dot_general(dy2, w, (((1,), (1,)), ((), ()))).reshape(x.shape), dw
+
+
+_dot_cpu.defvjp(lambda x, w: (_dot(x, w), (x, w)), _dot_cpu_bwd)
+
+
 def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
     """The one door: f[..., I] x [I,O] -> f[..., O], in the dtype of x. Adapters and quantised weights will enter here."""
-    y = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    y = (_dot_cpu if jax.default_backend() == "cpu" else _dot)(x, w.astype(x.dtype))
     return y if b is None else y + b.astype(x.dtype)
 
 
