@@ -7,6 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Without this, collectives that do not depend on one another run in another order on each simulated device, and a
+    # program that comes from the compilation cache (accumulation on a mesh: 6 times of 6) waits for itself until XLA aborts.
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/jaxalign-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -29,6 +29,11 @@ def length_reward(prompt, completion, record):
     return len(completion) / 10 + prompt.count("a") / 7
 
 
+def lame_reward(prompt, completion, record):
+    """Not a number, in process 1 alone."""
+    return float("nan") if os.environ.get("JAXALIGN_PROCESS", "0")[0] == "1" else 1.0
+
+
 def write_data(directory: Path) -> None:
     """Texts, demonstrations, rankings, pairs and prompts of a handful of bytes each."""
     words = ["bread", "soup", "tea", "rice", "salt", "plum", "fig", "oat"]

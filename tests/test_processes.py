@@ -14,6 +14,7 @@ import runs
 from jaxalign import shard
 from jaxalign.cli import launch
 from jaxalign.cli import main as cli
+from jaxalign.train import checkpoint
 
 STEPS = 20
 
@@ -84,6 +85,16 @@ def follows(a: list[dict], b: list[dict], absolute: float = 1e-6) -> None:
 def test_two_processes_follow_one(kind, data, alone, tmp_path):
     process = two(kind, data, tmp_path / "two", *MESH[kind])
     one = alone(kind)
+    if kind == "lm":  # SIGTERM to the command reaches both; they save the same step, say 143, and go on from it
+        while not (tmp_path / "two/metrics.jsonl").exists() or len(metrics(tmp_path / "two")) < 3:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.terminate()
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 143, out
+        points = checkpoint.Checkpoints(tmp_path / "two/checkpoints")
+        assert points.latest() == len(metrics(tmp_path / "two")) >= 3
+        process = two(kind, data, tmp_path / "two", *MESH[kind])
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     # Whitened advantages sum to 0, so the policy loss is what rounding leaves of terms of size 1.
@@ -97,7 +108,7 @@ def test_two_processes_follow_one(kind, data, alone, tmp_path):
             shutil.rmtree(tmp_path / "two" / gone)
         cli.run(["jaxalign", *arguments(kind, data, tmp_path / "two")])
         follows(metrics(tmp_path / "two"), metrics(one))
-        assert [json.loads(e)["step"] for e in (tmp_path / "two/events.jsonl").read_text().splitlines() if '"resume"' in e] == [10]
+        assert [json.loads(e)["step"] for e in (tmp_path / "two/events.jsonl").read_text().splitlines() if '"resume"' in e][-1] == 10
 
 
 def free_port() -> int:
@@ -138,3 +149,10 @@ def test_a_process_that_dies_ends_the_other(widow):
     process, died = widow
     out, _ = process.communicate(timeout=max(1.0, 60 - (time.monotonic() - died)))
     assert process.returncode not in (0, None), out
+
+
+def test_an_error_in_one_process_ends_both(data, tmp_path):
+    process = two("ppo", data, tmp_path, *MESH["ppo"], "--config.stage.rl.reward=runs:lame_reward")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, out
+    assert out.count("reward function lame_reward returned nan for row") == 1 and not (tmp_path / "params").exists()

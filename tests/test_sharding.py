@@ -12,7 +12,7 @@ from jaxalign.types import Prompts
 
 STEPS = 20
 # Adam divides by sqrt(v): where a gradient is nearly nothing its rounding becomes the direction. eps 1e-4 keeps that out.
-OPTIM = optim.Optim(lr=1e-2, schedule="cosine", warmup=2, eps=1e-4, weight_decay=0.01)
+OPTIM = optim.Optim(lr=3e-3, schedule="cosine", warmup=2, eps=1e-4, weight_decay=0.01)
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: COMPILED.append(event) if "backend_compile" in event else None)
 NAMES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "ipo", "ppo"]

@@ -20,7 +20,7 @@ GPT2 = gpt2.model(vocab=V, dim=16, layers=1, heads=2, hidden=32, max_len=32)
 SCALAR = heads.Scalar(LLAMA)
 
 
-def loud(params, factor=4.0):
+def loud(params, factor=3.0):
     """Matrices of std 0.02 say almost the same about every token; these do not."""
     return tree.map_named(lambda _, x: x * factor if x.ndim >= 2 else x, params)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
+
+from jaxalign.types import UserError
 
 ENV = "JAXALIGN_PROCESS"  # "index/count/host:port", set for the processes that `spawn` starts
 
@@ -37,7 +41,7 @@ def spawn(count: int, argv: list[str]) -> int:
             if bad or all(c == 0 for c in codes):
                 break
             time.sleep(0.1)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 10
         for c in children:  # the others are told, and given time to say why
             if c.poll() is None and not bad:
                 continue
@@ -61,6 +65,8 @@ def joined(cluster: bool):
     import jax
 
     if is_child():
+        with contextlib.suppress(AttributeError, OSError):  # Linux: when `spawn` dies, however it dies, save and stop
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         index, count, address = os.environ[ENV].split("/")
         jax.distributed.initialize(
             address, int(count), int(index), cluster_detection_method="deactivate", initialization_timeout=120, heartbeat_timeout_seconds=30
@@ -70,5 +76,13 @@ def joined(cluster: bool):
         jax.distributed.initialize()
     try:
         yield
-    finally:
+    except SystemExit:  # agreed on by all: SIGTERM
         jax.distributed.shutdown()
+        raise
+    except BaseException as e:
+        # The others may wait for this process in a collective, so a barrier with them (shutdown is one) would never end.
+        print(f"jaxalign: error: {e}", file=sys.stderr) if isinstance(e, UserError) else traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(e, UserError) else 1)
+    jax.distributed.shutdown()
