@@ -1,33 +1,25 @@
-"""From a config to the functions and frozen dataclasses that do the work. The only file that knows ConfigDict.
-
-A config has `name`, `seed`, `mesh`, `model`, `tokenizer` and either one `stage` or several `stages` in `order`.
-Defaults are read off the signatures they belong to, so a field is written down once.
-"""
+"""From a config to the functions and frozen dataclasses that do the work. Nothing below knows ConfigDict or a flag."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 import json
-import math
 import os
-import types
-import typing
 from pathlib import Path
 from typing import Any, Callable
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
+from jaxalign.config import OBJECTIVES, REWARDS, base, check_finite, family, fields, imported, nearest, plain, stage, stages
 from jaxalign.data import sources
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.rows import read
 from jaxalign.data.templates import TEMPLATES, Template, stop_ids
-from jaxalign.models import decoder, gpt2, heads
-from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.models import heads
+from jaxalign.objectives import ppo
 from jaxalign.ops import nn
 from jaxalign.rl import experience, rewards
 from jaxalign.rl.control import KL
@@ -37,156 +29,8 @@ from jaxalign.train import checkpoint, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.types import Model, Objective, Source, Tree, UserError
 
-# name -> (maker, what its batches are). A config may name any other maker by import path, "package.module:function".
-OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
-    "lm": (lm.lm, "tokens"),
-    "reward": (reward.rankings, "rankings"),
-    "reward_pairs": (reward.pairs, "pairs"),
-    "dpo": (preference.dpo, "pairs"),
-    "cdpo": (preference.cdpo, "pairs"),
-    "ipo": (preference.ipo, "pairs"),
-    "hinge": (preference.hinge, "pairs"),
-    "ppo": (ppo.ppo, "prompts"),
-}
-FAMILIES = {"decoder": decoder, "gpt2": gpt2}
-SCALAR = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
-REFERRED = ("dpo", "cdpo", "ipo", "hinge")  # read a reference's log-probs
-
 # Dense bf16 FLOP/s of one device, from the makers' data sheets; f32 runs report FLOP/s only.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
-
-
-# -- configs --------------------------------------------------------------------------------------------------------
-
-
-def _field(default: Any, annotation: Any) -> Any:
-    """A ConfigDict value: None becomes a typed placeholder, so that the command line may set it."""
-    if default is not None:
-        return default
-    kinds = [t for t in typing.get_args(annotation) if t is not types.NoneType]
-    return config_dict.placeholder(kinds[0] if kinds else str)
-
-
-def fields(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Defaults of a dataclass, or of a function's keyword-only arguments."""
-    hints = typing.get_type_hints(thing)
-    if dataclasses.is_dataclass(thing):
-        pairs = [(f.name, f.default) for f in dataclasses.fields(thing) if f.default is not dataclasses.MISSING]
-    else:
-        pairs = [(p.name, p.default) for p in inspect.signature(thing).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    return {k: _field(v, hints.get(k)) for k, v in pairs if k not in skip}
-
-
-def base(name: str, **model: Any) -> ConfigDict:
-    """What every config shares. `model`: a family and the fields of its Config, or path=DIRECTORY of a checkpoint."""
-    family = model.pop("family", "decoder")
-    if family not in FAMILIES:
-        raise UserError(f"model.family {family!r} is unknown; the families are {', '.join(FAMILIES)}")
-    shape = {f.name: 0 for f in dataclasses.fields(FAMILIES[family].Config) if f.default is dataclasses.MISSING}
-    return ConfigDict(
-        {
-            "name": name,
-            "seed": 0,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1},
-            "rules": (),  # (logical axis, mesh axis) pairs that replace those of shard.RULES
-            "model": {"family": family, "path": "", **shape, **fields(FAMILIES[family].Config), **model},
-            # path: a directory, a .model file or "bytes"; train_on: a file of text. Neither: that of model.path, else bytes.
-            "tokenizer": {"path": "", "train_on": "", "kind": "unigram", "template": "plain"},
-            "tensorboard": False,
-        }
-    )
-
-
-def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
-    """One training run. `sections` fill objective, data, train, optim and (for ppo) rl; unknown keys are refused.
-
-    `init` names where the weights come from: another stage, a run directory or an HF directory; "" is model.path if the
-    config has one, else they are drawn.
-    """
-    maker, kind = OBJECTIVES[objective] if objective in OBJECTIVES else (imported(objective), sections.get("data", {}).get("kind", "tokens"))
-    c = {
-        "init": "",
-        "objective": {"name": objective, **fields(maker)},
-        "data": {
-            "kind": kind,
-            "path": "",
-            "eval_path": "",
-            "batch_size": 8,
-            "accumulate": 1,
-            "format": config_dict.placeholder(str),
-            "on_bad_row": "error",
-            **({"seq_len": 256, "packing": "bfd", "too_long": "truncate"} if kind == "tokens" else {}),
-            **({"max_len": config_dict.placeholder(int)} if kind in ("pairs", "rankings") else {}),
-            **({"max_prompt_len": config_dict.placeholder(int)} if kind in ("pairs", "prompts") else {}),
-            **({"max_k": config_dict.placeholder(int)} if kind == "rankings" else {}),
-        },
-        "train": {**fields(run.Loop), "steps": 100},
-        "optim": fields(optim.Optim),
-    }
-    if objective in REFERRED:
-        c["reference"] = ""  # "": the stage's own init
-    if kind == "prompts":
-        c["rl"] = {
-            "reward": "",  # a reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float
-            "reference": "",  # "": the stage's own init
-            "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
-            "epochs": 4,
-            "minibatches": 1,
-            **fields(KL),
-            **{k: v for k, v in fields(experience.make_experience).items() if k != "temperature"},
-            "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
-        }
-        c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
-    c = ConfigDict(c).lock()
-    for name, values in sections.items():
-        if isinstance(values, dict):
-            c[name].update(_known(c[name], values, name))
-        else:
-            c.update(_known(c, {name: values}, "stage"))
-    return c
-
-
-def _known(c: ConfigDict, values: dict, where: str) -> dict:
-    for k in values:
-        if k not in c:
-            raise UserError(f"{where}.{k} is unknown;{nearest(k, list(c))}")
-    return values
-
-
-def nearest(key: str, known: list[str]) -> str:
-    """' did you mean ...? The keys are ...' for error messages."""
-    import difflib
-
-    close = difflib.get_close_matches(key, known, 1)
-    return (f" did you mean {close[0]!r}?" if close else "") + f" The keys are {', '.join(sorted(known))}"
-
-
-def imported(path: str) -> Any:
-    """The thing that "package.module:name" names."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"cannot import {path!r}: {e}; write it as package.module:name") from None
-
-
-def check_finite(c: ConfigDict, where: str = "config") -> None:
-    """A locked ConfigDict takes NaN and infinity without a word; we do not."""
-    for k in c.keys():
-        v = c.get(k)
-        if isinstance(v, ConfigDict):
-            check_finite(v, f"{where}.{k}")
-        elif isinstance(v, float) and not math.isfinite(v):
-            raise UserError(f"{where}.{k} must be finite, got {v}")
-
-
-def _plain(c: Any) -> Any:
-    return {k: _plain(c.get(k)) for k in c.keys()} if isinstance(c, ConfigDict) else tuple(map(_plain, c)) if isinstance(c, (list, tuple)) else c
-
-
-def stages(config: ConfigDict) -> dict[str, ConfigDict]:
-    """{name: stage} in order: those of a pipeline, or the one of a train config."""
-    return {n: config.stages[n] for n in config.order} if "stages" in config else {config.get("stage_name", config.name): config.stage}
 
 
 # -- the parts ------------------------------------------------------------------------------------------------------
@@ -208,6 +52,9 @@ class World:
         """A path or a stage's name, looked for in the run's own directory first."""
         inside = self.workdir / path
         return str(inside if inside.exists() else path)
+
+    def stage_dir(self, name: str) -> Path:
+        return self.workdir / name if "stages" in self.config else self.workdir
 
     def shard_of(self, batch: int) -> tuple[int, int]:
         return shard.local_rows(self.mesh, batch)
@@ -258,18 +105,31 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def gathered(x: np.ndarray) -> np.ndarray:
+    """f32[n] of all processes together, the same everywhere."""
+    if jax.process_count() == 1:
+        return x
+    from jax.experimental import multihost_utils
+
+    rows = int(multihost_utils.process_allgather(np.array(len(x))).max())
+    padded = np.full(rows, np.nan, np.float32)
+    padded[: len(x)] = x
+    out = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1)
+    return out[~np.isnan(out)]
+
+
 def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
     if c.path:
         from jaxalign.models import hf
 
         model = hf.read_config(c.path, dtype=c.dtype)
     else:
-        shape = {k: v for k, v in _plain(c).items() if k not in ("family", "path")}
+        shape = {k: v for k, v in plain(c).items() if k not in ("family", "path")}
         shape["vocab"] = shape["vocab"] or tokenizer.vocab_size
         for k in ("vocab", "dim", "layers", "heads"):
             if not (isinstance(shape[k], int) and shape[k] > 0):
                 raise UserError(f"model.{k} must be a positive whole number, got {shape[k]!r}")
-        model = FAMILIES[c.family].model(**shape)
+        model = family(c.family).model(**shape)
     if model.config.vocab < tokenizer.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only {model.config.vocab} embedding rows; set model.vocab to at least that")
     return model
@@ -295,12 +155,16 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     if not path:
         raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
     paths = [w.find(p) for p in path.split(",")]
-    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "format") if k in c and k not in more}
+    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop") if k in c and k not in more}
+    if ":" in (form := c.get("format") or ""):
+        form = imported(form)  # record -> example
     skip = c.get("on_bad_row") == "skip"
     aside = w.workdir / f"quarantine-{Path(paths[0]).name}" if skip and jax.process_index() == 0 else None
-    rows = read(paths, on_bad_row="skip" if skip else "error", quarantine=aside and str(aside))
+    rows = read(
+        paths, on_bad_row="skip" if skip else "error", quarantine=aside and str(aside), text_split=c.get("text_split", "blank"), max_bad_fraction=c.get("max_bad_fraction", 0.01)
+    )  # fmt: skip
     return make[kind](
-        rows, w.tokenizer, batch_size=batch, seed=seed, template=w.template, shuffle=shuffle, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, **options, **more
+        rows, w.tokenizer, batch_size=batch, seed=seed, template=w.template, shuffle=shuffle, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, format=form or None, **options, **more
     )  # fmt: skip
 
 
@@ -313,7 +177,7 @@ def trained(run: str) -> tuple[World, str, Tree]:
     name = config.stage
     w = world(config, directory.parent if "stages" in config else directory)
     kind = config.stages[name].objective.name if "stages" in config else config.objective
-    specs = heads.Scalar(w.model).specs() if kind in SCALAR else w.model.specs()
+    specs = heads.Scalar(w.model).specs() if kind in REWARDS else w.model.specs()
     return w, name, load_params(w, str(directory.absolute()), specs, run)
 
 
@@ -321,7 +185,7 @@ def imported_config(name: str, hf: str, model: Model) -> dict:
     """What `trained` reads of weights that came from HF form."""
     c = base(name)
     c.model.path = c.tokenizer.path = str(Path(hf).absolute())
-    return {**_plain(c), "stage": name, "objective": "lm"}
+    return {**plain(c), "stage": name, "objective": "lm"}
 
 
 def shown(record: dict) -> str:
@@ -331,7 +195,7 @@ def shown(record: dict) -> str:
 
 
 def sampling(w: World, c: ConfigDict, **over) -> Sampling:
-    return Sampling(**{**_plain(c), **over}, stop=stop_ids(w.tokenizer, w.template), pad=w.tokenizer.pad_id)
+    return Sampling(**{**plain(c), **over}, stop=stop_ids(w.tokenizer, w.template), pad=w.tokenizer.pad_id)
 
 
 def prompt_rows(w: World, rows, batch: int) -> sources.Offline:
@@ -402,20 +266,24 @@ class Stage:
             )  # fmt: skip
             length = c.data.get("seq_len") or 0
             st = run.train(
-                st, fn, self.source, self.frozen, run.Loop(**_plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
+                st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") else None,
                 peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c),
-                config={**{k: v for k, v in _plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": _plain(c)},
+                config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = tree.merge(st.params, self.base) if self.base is not None else st.params
             return params["policy"] if c.objective.name == "ppo" else params
 
-    def reference_scores(self, params: Tree) -> np.ndarray:
-        """f32[N]: a reward model's scores of all candidates it was trained on."""
+    def finish(self, params: Tree) -> Tree:
+        """What is saved: for a reward model, with its scores of the candidates it was trained on at mean 0 and std 1."""
+        c, w = self.config, self.world
+        if not c.get("normalise"):
+            return params
         from jaxalign.evals import policy
 
-        source = data_source(self.world, self.config.data, self.config.data.path, self.config.data.batch_size, 0, shuffle=False)
-        return np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, self.world.mesh)])
+        source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False, kind="rankings")
+        scores = np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, w.mesh)])
+        return rewards.normalise(params, gathered(scores))
 
     def save(self, params: Tree) -> None:
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
@@ -423,9 +291,9 @@ class Stage:
 
 def _settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
-    plain = _plain(c)
-    plain["data"] = {k: v for k, v in plain["data"].items() if k not in ("path", "eval_path")}
-    return {**plain, "train": {"steps": c.train.steps}, "model": _plain(config.model), "seed": config.seed}
+    out = plain(c)
+    out["data"] = {k: v for k, v in out["data"].items() if k not in ("path", "eval_path")}
+    return {**out, "train": {"steps": c.train.steps}, "model": plain(config.model), "seed": config.seed}
 
 
 def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
@@ -434,10 +302,10 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     c.init = c.init or w.config.model.path
     kind, seed, batch = c.objective.name, w.config.seed, c.data.batch_size
     maker, _ = OBJECTIVES.get(kind) or (imported(kind), None)
-    options = {k: v for k, v in _plain(c.objective).items() if k != "name"}
+    options = {k: v for k, v in plain(c.objective).items() if k != "name"}
     if min(batch, c.data.accumulate) < 1 or batch % (c.data.accumulate * shard.batch_shards(w.mesh)):
         raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp {shard.batch_shards(w.mesh)}")
-    o, loop = optim.Optim(**_plain(c.optim)), run.Loop(**_plain(c.train))
+    o, loop = optim.Optim(**plain(c.optim)), run.Loop(**plain(c.train))
     key = nn.fold(jax.random.key(seed), "init", name)
     trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules)
@@ -448,13 +316,13 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         model, objective, source, params = _make_ppo(w, name, c, options, trunk if trunk is not None else draw(w.model.specs(), "policy"), draw, workdir)
     else:
         source = data_source(w, c.data, c.data.path, batch, seed)
-        if kind in SCALAR:
+        if kind in REWARDS:
             model = heads.Scalar(w.model)
             params = {"trunk": trunk if trunk is not None else draw(w.model.specs(), "trunk"), "head": draw(heads.specs(w.model.config.dim), "head")}
         else:
             model, params = w.model, trunk if trunk is not None else draw(w.model.specs(), "policy")
         objective = maker(model, **options)
-        if kind in REFERRED:
+        if "reference" in c:
             if not (c.reference or c.init):
                 raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
             reference = load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
@@ -463,7 +331,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
 
             prepare = lambda b: add_reference(w.model, reference, b)
     evaluate = None
-    if c.data.eval_path and kind != "ppo":
+    if c.data.get("eval_path"):
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     remains = None
@@ -504,6 +372,6 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, d
     shaping = {k: rl[k] for k in fields(experience.make_experience) if k in rl}
     source = experience.PPOSource(
         prompts, model, value, reference, scorer, sampling(w, c.sampling), w.mesh, epochs=rl.epochs, minibatches=rl.minibatches,
-        kl=KL(rl.beta, rl.target, rl.horizon), seed=w.config.seed, mix=mix, decode=w.decode, **_plain(ConfigDict(shaping)),
+        kl=KL(rl.beta, rl.target, rl.horizon), seed=w.config.seed, mix=mix, decode=w.decode, **plain(ConfigDict(shaping)),
     )  # fmt: skip
     return model, objective, source, {"policy": policy, "value": critic}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +37,17 @@ def evaluate(w, world, config, verbose: bool = True) -> dict:
 
     out: dict = {}
     stages = build.stages(config)
-    done = [n for n in stages if os.path.exists(w.workdir / n / "params" / "manifest.json")]
+    done = [n for n in stages if (w.stage_dir(n) / "params" / "manifest.json").exists()]
     if not done:
         raise UserError(f"{w.workdir} holds no finished stage; run jaxalign pipeline or train first")
     for name in done:
         kind = stages[name].objective.name
         if kind == "lm" and stages[name].data.eval_path:
             out[name] = _language(w, world, stages[name], name)
-        elif kind in build.SCALAR and stages[name].data.eval_path:
+        elif kind in build.REWARDS and stages[name].data.eval_path:
             out[name] = _reward(w, world, stages[name], name)
-    if world is not None:
-        out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.SCALAR and n != "pretrain"])
+    if world is not None and "sft" in done:
+        out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.REWARDS and n != "pretrain"])
     return out
 
 
@@ -61,7 +60,7 @@ def _language(w, world, c, name: str) -> dict:
     from jaxalign.objectives import lm
     from jaxalign.train import state
 
-    params = build.load_params(w, name, w.model.specs(), name)
+    params = build.load_params(w, str(w.stage_dir(name).absolute()), w.model.specs(), name)
     source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, packing="pad", too_long="error")
     metrics = build.evaluation(lm.lm(w.model), w.mesh, {}, source)
     empty = state.TrainState(0, params, (), (), jax.random.key(0))
@@ -85,7 +84,7 @@ def _reward(w, world, c, name: str) -> dict:
     from jaxalign.models import heads
 
     scalar = heads.Scalar(w.model)
-    params = build.load_params(w, name, scalar.specs(), name)
+    params = build.load_params(w, str(w.stage_dir(name).absolute()), scalar.specs(), name)
     source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False)
     margins, groups = [], []
     for i, (scores, ranks) in enumerate(policy.candidate_scores(scalar, params, source, w.mesh)):
@@ -131,7 +130,7 @@ def _policies(w, world, config, names: list[str], samples: int | None = None) ->
     reference = build.load_params(w, "sft", w.model.specs(), "evaluation")
     got, gold = {}, {}
     for name in names:
-        params = reference if name == "sft" else build.load_params(w, name, w.model.specs(), name)
+        params = reference if name == "sft" else build.load_params(w, str(w.stage_dir(name).absolute()), w.model.specs(), name)
         source = build.prompt_rows(w, records, batch)
         key = nn.fold(jax.random.key(config.seed), "evaluate", name)
         got[name] = policy.sample(w.model, params, how, source, w.decode, key, w.mesh, reference=reference)

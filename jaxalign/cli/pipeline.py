@@ -38,7 +38,6 @@ def run(config, workdir: Path) -> dict:
 
     from jaxalign import build, report
     from jaxalign.cli import eval as evaluation_verb
-    from jaxalign.rl import rewards
 
     clock = Clock(workdir)
     world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
@@ -58,12 +57,8 @@ def run(config, workdir: Path) -> dict:
             continue
         with clock(name):
             s = build.make_stage(w, name, c, workdir / name)
-            params = s.go()
-            if c.objective.name in build.SCALAR:
-                # Mean 0 and std 1 on samples of the policy that RL starts from (lm-human-preferences).
-                params = rewards.normalise(params, s.reference_scores(params))
-            s.save(params)
-            del s, params
+            s.save(s.finish(s.go()))
+            del s
     with clock("evaluate"):
         evaluation = evaluation_verb.evaluate(w, world, config)
     evaluation["seconds"] = clock.seconds

@@ -33,7 +33,7 @@ def main(fv, rest):
     with checkpoint.lock(fv.workdir, jax.process_index()):
         directory = Path(fv.workdir) / name if "stages" in config else Path(fv.workdir)
         s = build.make_stage(w, name, stages[name], directory)
-        s.save(s.go())
+        s.save(s.finish(s.go()))
         if jax.process_index() == 0:
             w.tokenizer.save(str(directory / "tokenizer"))
     print(f"{name}: done, weights in {directory / 'params'}")

@@ -89,7 +89,7 @@ def make_step(
     def step(state: TrainState, frozen: Tree, batch: Tree):
         key = nn.fold(state.key, "loss", state.step)
         loss, metrics, grads = gradient(objective, state.params, frozen, state.aux, batch, key, accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
@@ -109,5 +109,5 @@ def make_step(
 
 def _updates_done(opt_state) -> jax.Array:
     """The count that the schedule reads: skipped steps do not advance it."""
-    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    counts = optax.tree.get_all_with_path(opt_state, "count")
     return counts[0][1] if counts else jnp.zeros((), jnp.int32)

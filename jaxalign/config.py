@@ -1,0 +1,187 @@
+"""What a config may say. Defaults are read off the signatures they belong to, so a field is written down once.
+
+A config has `name`, `seed`, `mesh`, `model`, `tokenizer` and either one `stage` or several `stages` in `order`. Only this
+file and `build` know ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import math
+import types
+import typing
+from typing import Any, Callable
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxalign.models import decoder, gpt2
+from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.rl import experience
+from jaxalign.rl.control import KL
+from jaxalign.rl.rollout import Sampling
+from jaxalign.train import optim, run
+from jaxalign.types import Objective, UserError
+
+# name -> (maker, what its batches are). A config may name any other maker by import path, "package.module:function".
+OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
+    "lm": (lm.lm, "tokens"),
+    "reward": (reward.rankings, "rankings"),
+    "reward_pairs": (reward.pairs, "pairs"),
+    "dpo": (preference.dpo, "pairs"),
+    "cdpo": (preference.cdpo, "pairs"),
+    "ipo": (preference.ipo, "pairs"),
+    "hinge": (preference.hinge, "pairs"),
+    "ppo": (ppo.ppo, "prompts"),
+}
+FAMILIES = {"decoder": decoder, "gpt2": gpt2}
+REWARDS = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
+
+# What the data section of each kind of batch has besides what they all have.
+KINDS = {
+    "tokens": {"eval_path": "", "seq_len": 256, "packing": "bfd", "too_long": "truncate"},
+    "pairs": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
+    "rankings": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_k": config_dict.placeholder(int)},
+    "prompts": {"max_prompt_len": config_dict.placeholder(int)},
+}
+
+
+def _field(default: Any, annotation: Any) -> Any:
+    """A ConfigDict value: None becomes a typed placeholder, so that the command line may set it."""
+    if default is not None:
+        return default
+    kinds = [t for t in typing.get_args(annotation) if t is not types.NoneType]
+    return config_dict.placeholder(kinds[0] if kinds else str)
+
+
+def fields(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Defaults of a dataclass, or of a function's keyword-only arguments."""
+    hints = typing.get_type_hints(thing)
+    if dataclasses.is_dataclass(thing):
+        pairs = [(f.name, f.default) for f in dataclasses.fields(thing) if f.default is not dataclasses.MISSING]
+    else:
+        pairs = [(p.name, p.default) for p in inspect.signature(thing).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    return {k: _field(v, hints.get(k)) for k, v in pairs if k not in skip}
+
+
+def family(name: str) -> Any:
+    """The module of a model family: one of FAMILIES, or any by import path ("my_package.my_family")."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"model.family {name!r} is unknown ({e}); the families are {', '.join(FAMILIES)}, or give a module's import path") from None
+
+
+def base(name: str, **model: Any) -> ConfigDict:
+    """What every config shares. `model`: a family and the fields of its Config, or path=DIRECTORY of a checkpoint."""
+    name_of_family = model.pop("family", "decoder")
+    shape = {f.name: 0 for f in dataclasses.fields(family(name_of_family).Config) if f.default is dataclasses.MISSING}
+    return ConfigDict(
+        {
+            "name": name,
+            "seed": 0,
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1},
+            "rules": (),  # (logical axis, mesh axis) pairs that replace those of shard.RULES
+            "model": {"family": name_of_family, "path": "", **shape, **fields(family(name_of_family).Config), **model},
+            # path: a directory, a .model file or "bytes"; train_on: a file of text. Neither: that of model.path, else bytes.
+            "tokenizer": {"path": "", "train_on": "", "kind": "unigram", "template": "plain"},
+            "tensorboard": False,
+        }
+    )
+
+
+def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
+    """One training run. `sections` fill objective, data, train, optim and (for ppo) rl; unknown keys are refused.
+
+    `init` names where the weights come from: another stage, a run directory or an HF directory; "" is model.path if the
+    config has one, else they are drawn.
+    """
+    maker, kind = OBJECTIVES[objective] if objective in OBJECTIVES else (imported(objective), sections.get("data", {}).get("kind", "tokens"))
+    if kind not in KINDS:
+        raise UserError(f"data.kind {kind!r} is unknown; it is one of {', '.join(KINDS)}")
+    c = {
+        "init": "",
+        "objective": {"name": objective, **fields(maker, skip=("temperature",))},  # PPO's is sampling.temperature
+        "data": {
+            "kind": kind,
+            "path": "",  # one file, several with commas, or a pattern
+            "batch_size": 8,
+            "accumulate": 1,
+            "format": config_dict.placeholder(str),  # None: detected row by row
+            "text_split": "blank",
+            "on_bad_row": "error",
+            "max_bad_fraction": 0.01,
+            "max_drop": 0.5,
+            **KINDS[kind],
+        },
+        "train": {**fields(run.Loop), "steps": 100},
+        "optim": fields(optim.Optim),
+    }
+    if objective in REWARDS:
+        c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
+    elif kind == "pairs":
+        c["reference"] = ""  # "": the stage's own init
+    if kind == "prompts":
+        c["rl"] = {
+            "reward": "",  # a reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float
+            "reference": "",  # "": the stage's own init
+            "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
+            "epochs": 4,
+            "minibatches": 1,
+            **fields(KL),
+            **fields(experience.make_experience, skip=("temperature",)),
+            "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
+        }
+        c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
+    c = ConfigDict(c).lock()
+    for name, values in sections.items():
+        if isinstance(values, dict):
+            c[name].update(_known(c[name], values, name))
+        else:
+            c.update(_known(c, {name: values}, "stage"))
+    return c
+
+
+def _known(c: ConfigDict, values: dict, where: str) -> dict:
+    for k in values:
+        if k not in c:
+            raise UserError(f"{where}.{k} is unknown;{nearest(k, list(c))}")
+    return values
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """' did you mean ...? The keys are ...' for error messages."""
+    close = difflib.get_close_matches(key, known, 1)
+    return (f" did you mean {close[0]!r}?" if close else "") + f" The keys are {', '.join(sorted(known))}"
+
+
+def imported(path: str) -> Any:
+    """The thing that "package.module:name" names."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"cannot import {path!r}: {e}; write it as package.module:name") from None
+
+
+def check_finite(c: ConfigDict, where: str = "config") -> None:
+    """A locked ConfigDict takes NaN and infinity without a word; we do not."""
+    for k in c.keys():
+        v = c.get(k)
+        if isinstance(v, ConfigDict):
+            check_finite(v, f"{where}.{k}")
+        elif isinstance(v, float) and not math.isfinite(v):
+            raise UserError(f"{where}.{k} must be finite, got {v}")
+
+
+def plain(c: Any) -> Any:
+    return {k: plain(c.get(k)) for k in c.keys()} if isinstance(c, ConfigDict) else tuple(map(_plain, c)) if isinstance(c, (list, tuple)) else c
+
+
+def stages(config: ConfigDict) -> dict[str, ConfigDict]:
+    """{name: stage} in order: those of a pipeline, or the one of a train config."""
+    return {n: config.stages[n] for n in config.order} if "stages" in config else {config.get("stage_name", config.name): config.stage}
