@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 from pathlib import Path
@@ -155,7 +156,7 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     if not path:
         raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
     paths = [w.find(p) for p in path.split(",")]
-    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop") if k in c and k not in more}
+    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop") if k in c and k not in more and k in inspect.signature(make[kind]).parameters}
     if ":" in (form := c.get("format") or ""):
         form = imported(form)  # record -> example
     skip = c.get("on_bad_row") == "skip"

@@ -179,7 +179,7 @@ def check_finite(c: ConfigDict, where: str = "config") -> None:
 
 
 def plain(c: Any) -> Any:
-    return {k: plain(c.get(k)) for k in c.keys()} if isinstance(c, ConfigDict) else tuple(map(_plain, c)) if isinstance(c, (list, tuple)) else c
+    return {k: plain(c.get(k)) for k in c.keys()} if isinstance(c, ConfigDict) else tuple(map(plain, c)) if isinstance(c, (list, tuple)) else c
 
 
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:

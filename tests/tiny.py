@@ -47,8 +47,11 @@ def rows(r, B, T, K=None):
 
 
 def pairs(r, B, T):
+    """The eighth has no completion: it weighs 0, so that micro-batches differ in weight."""
     noise = lambda scale: (scale * r.standard_normal(B)).astype(np.float32)
-    return Pairs(rows(r, B, T), rows(r, B, T), -8 + noise(1), -8 + noise(1), np.abs(noise(0.3)))
+    chosen = rows(r, B, T)
+    chosen.mask[7:8] = 0
+    return Pairs(chosen, rows(r, B, T), -8 + noise(1), -8 + noise(1), np.abs(noise(0.3)))
 
 
 def rankings(r, B, T, K=4):
