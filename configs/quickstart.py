@@ -24,8 +24,8 @@ def get_config(arg=None):
             "prompts": 4000 if full else 200,
             "prompts_eval": 1000 if full else 40,
         },
-        "ranked": 2000 if full else 48,  # prompts whose samples are ranked, K = 4 ... 9 each
-        "ranked_eval": 1000 if full else 24,  # prompts with K = 5: ten pairs each
+        "ranked": 1600 if full else 48,  # prompts whose samples are ranked, K = 4 ... 9 each
+        "ranked_eval": 520 if full else 24,  # prompts with K = 7: 21 pairs each
         "samples": 512 if full else 32,  # evaluation samples of each policy
     }
     c.order = ("pretrain", "sft", "reward", "ppo", "dpo")
@@ -58,7 +58,7 @@ def get_config(arg=None):
             train=dict(steps=steps(160, 8), save_every=20 if full else 3),
             optim=dict(lr=3e-4, schedule="linear", end=0.0, b1=0.9, b2=0.999, eps=1e-5),
             rl=dict(reward="reward", epochs=4, minibatches=1, beta=0.05),
-            sampling=dict(max_new=64),
+            sampling=dict(max_new=48),
         ),
         "dpo": build.stage(
             "dpo",

@@ -97,8 +97,7 @@ def run(argv: list[str] | None = None) -> None:
         print(HELP)
         sys.exit(0 if len(argv) > 1 else 2)
     verb = argv[1]
-    # A user meets compile time first, and most of it only once. Set before anything imports jax.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "jaxalign"))
+    _environment()
     try:
         if verb not in VERBS:
             from jaxalign.build import nearest
@@ -120,6 +119,19 @@ def run(argv: list[str] | None = None) -> None:
     except UserError as e:
         print(f"jaxalign: error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+def _environment() -> None:
+    """What must be settled before anything imports jax."""
+    # A user meets compile time first, and most of it only once.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "jaxalign"))
+    # Programs for several simulated CPU devices that come from that cache can deadlock under this scheduler (jax 0.10).
+    xla = os.environ.get("XLA_FLAGS", "")
+    if ("JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in xla) and "scheduler" not in xla:
+        os.environ["XLA_FLAGS"] = f"{xla} --xla_cpu_enable_concurrency_optimized_scheduler=false".strip()
+    # As `python -m` does: rewards and objectives named by import path are found where the user stands.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def needed(fv: flags.FlagValues, *names: str) -> None:

@@ -134,7 +134,7 @@ def _label(w, world, config) -> None:
     how = next(build.sampling(w, s.sampling) for s in build.stages(config).values() if "sampling" in s)
     for split, file, count in (("eval", "prompts_eval.jsonl", config.world.ranked_eval), ("train", "prompts.jsonl", config.world.ranked)):
         prompts = [r for r, _ in rows.read(str(w.workdir / "data" / file))][:count]
-        ks = [5] * len(prompts) if split == "eval" else world.candidates(len(prompts), config.seed)
+        ks = [7] * len(prompts) if split == "eval" else world.candidates(len(prompts), config.seed)
         repeated = [p for p, k in zip(prompts, ks) for _ in range(k)]
         key = nn.fold(jax.random.key(config.seed), "label", split)
         got = policy.sample(w.model, params, how, build.prompt_rows(w, repeated, 256), w.decode, key, w.mesh, score=False)

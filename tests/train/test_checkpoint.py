@@ -368,7 +368,7 @@ class Inline:
 
 CHILD = """
 import os, sys
-os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="")
+os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_cpu_enable_concurrency_optimized_scheduler=false")
 import numpy as np
 from jaxalign.train.checkpoint import Checkpoints
 c = Checkpoints(sys.argv[1])
@@ -438,7 +438,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
 PAIR = """
 import os, sys
 rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="")
+os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_cpu_enable_concurrency_optimized_scheduler=false")
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, cluster_detection_method="deactivate", initialization_timeout=60, shutdown_timeout_seconds=30)
