@@ -323,9 +323,10 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         else:
             model, params = w.model, trunk if trunk is not None else draw(w.model.specs(), "policy")
         objective = maker(model, **options)
-        if "reference" in c:
-            if not (c.reference or c.init):
+        if "reference" in c and not (c.reference or c.init):
+            if kind in OBJECTIVES:
                 raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
+        elif "reference" in c:
             reference = load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
             source = WithReference(source, w.model, reference, w.mesh)
             from jaxalign.rl.reference import add_reference
