@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
-from jaxalign import build, types
+from jaxalign import build, config, types
 from jaxalign.cli import main as cli
 from jaxalign.data import formats
 from jaxalign.objectives import lm, ppo, preference, reward
@@ -119,10 +119,10 @@ def config_fields() -> set[str]:
     def walk(c, at=""):
         for k in c.keys():
             yield at + k
-            if isinstance(c.get(k), build.ConfigDict):
+            if isinstance(c.get(k), config.ConfigDict):
                 yield from walk(c.get(k), f"{at}{k}.")
 
-    trees = [build.base("x", family=f) for f in build.FAMILIES] + [build.stage(o) for o in build.OBJECTIVES]
+    trees = [build.base("x", family=f) for f in config.FAMILIES] + [build.stage(o) for o in config.OBJECTIVES]
     return {name for c in trees for name in walk(c)}
 
 
