@@ -41,21 +41,21 @@ def get_config(arg=None):
             "lm",
             init="pretrain",
             data=dict(path="data/sft.jsonl", eval_path="data/sft_eval.jsonl", batch_size=32, seq_len=128),
-            train=dict(steps=steps(100, 10), save_every=50),
+            train=dict(steps=steps(80, 10), save_every=40),
             optim=dict(lr=1e-3, warmup=5),
         ),
         "reward": build.stage(
             "reward",
             init="sft",
-            data=dict(path="data/rankings.jsonl", eval_path="data/rankings_eval.jsonl", batch_size=16),
-            train=dict(steps=steps(125, 6), save_every=50),
-            optim=dict(lr=1e-3, warmup=5),
+            data=dict(path="data/rankings.jsonl", eval_path="data/rankings_eval.jsonl", batch_size=8),
+            train=dict(steps=steps(300, 6), save_every=100),
+            optim=dict(lr=2e-3, warmup=10, b2=0.99, weight_decay=0.1),
         ),
         "ppo": build.stage(
             "ppo",
             init="sft",
             data=dict(path="data/prompts.jsonl", batch_size=128 if full else 16),
-            train=dict(steps=steps(160, 8), save_every=20 if full else 3),
+            train=dict(steps=steps(120, 8), save_every=20 if full else 3),
             optim=dict(lr=3e-4, schedule="linear", end=0.0, b1=0.9, b2=0.999, eps=1e-5),
             rl=dict(reward="reward", epochs=4, minibatches=1, beta=0.05),
             sampling=dict(max_new=48),
@@ -63,9 +63,9 @@ def get_config(arg=None):
         "dpo": build.stage(
             "dpo",
             init="sft",
-            data=dict(path="data/pairs.jsonl", eval_path="data/pairs_eval.jsonl", batch_size=32),
+            data=dict(path="data/pairs.jsonl", batch_size=32),
             train=dict(steps=steps(100, 6), save_every=50),
-            optim=dict(lr=3e-4, warmup=5),
+            optim=dict(lr=6e-4, warmup=5),
         ),
     }
     return c
