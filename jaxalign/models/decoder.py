@@ -92,8 +92,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
         k = nn.rope(nn.linear(h, p["k"]).reshape(B, T, cfg.kv_heads, cfg.head_dim), table)
         v = nn.linear(h, p["v"]).reshape(B, T, cfg.kv_heads, cfg.head_dim)
         if kv is not None:
-            kv = nn.cache_write(kv, k, v, start)
-            k, v = kv["k"], kv["v"]
+            kv, k, v = nn.cache_write(kv, k, v, start)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
         x = shard.constrain(x + nn.linear(a.reshape(B, T, -1), p["o"]), "batch", "time", None)
         h = nn.rms_norm(x, p["mlp_norm"], cfg.norm_eps)

@@ -99,14 +99,14 @@ class _Foreign:
         if cache is None:
             return nn.Hidden(self._apply(params, tokens, segments, positions, key))
         cache, kv_segments, start = nn.cache_open(cache, segments)
-        write = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new[..., None, None], start, axis=1)
+        write = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new[:, None, :, None], start, axis=2)
         layers = {k: write(cache["layers"][k], v) for k, v in (("tokens", tokens), ("positions", positions))}
-        x = self._apply(params, layers["tokens"][..., 0, 0], kv_segments, layers["positions"][..., 0, 0], key)
+        x = self._apply(params, layers["tokens"][:, 0, :, 0], kv_segments, layers["positions"][:, 0, :, 0], key)
         return nn.Hidden(jax.lax.dynamic_slice_in_dim(x, start, tokens.shape[1], axis=1), {**cache, "layers": layers})
 
     def init_cache(self, batch: int, size: int):
-        """Tokens and positions in the shape of keys, [B,S,1,1], so that `ops.nn.cache_grow` needs no case for them."""
-        empty = jnp.zeros((batch, size, 1, 1), jnp.int32)
+        """Tokens and positions in the shape of keys, [B,1,S,1], so that `ops.nn.cache_grow` needs no case for them."""
+        empty = jnp.zeros((batch, 1, size, 1), jnp.int32)
         return {"layers": {"tokens": empty, "positions": empty}, "segments": jnp.zeros((batch, size), jnp.int32), "length": jnp.zeros((), jnp.int32)}
 
     def flops_per_token(self, length: int) -> float:

@@ -76,8 +76,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     def block(p, x, kv):
         q, k, v = map(heads, jnp.split(nn.linear(norm(x, p["ln_1"]), p["qkv"]["w"], p["qkv"]["b"]), 3, axis=-1))
         if kv is not None:
-            kv = nn.cache_write(kv, k, v, start)
-            k, v = kv["k"], kv["v"]
+            kv, k, v = nn.cache_write(kv, k, v, start)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
         x = shard.constrain(x + nn.linear(a.reshape(B, T, -1), p["o"]["w"], p["o"]["b"]), "batch", "time", None)
         h = jax.nn.gelu(nn.linear(norm(x, p["ln_2"]), p["up"]["w"], p["up"]["b"]), approximate=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.ops.nn import Unembed
+from jaxalign.ops.nn import Unembed, rows
 
 
 class LogProbs(NamedTuple):
@@ -65,7 +65,7 @@ def _join(a: jax.Array, T: int) -> jax.Array:
 
 def _logits(x, u: Unembed, temperature):
     """(z [b,c,V] f32 after everything, dz/dy [b,c,V] or 1.0 with y the plain matmul)."""
-    y = jnp.einsum("btd,vd->btv", x, u.weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = jnp.einsum("nd,vd->nv", rows(x), u.weight.astype(x.dtype), preferred_element_type=jnp.float32).reshape(*x.shape[:-1], -1)
     y = y * u.scale if u.scale != 1.0 else y
     y = y if u.bias is None else y + u.bias.astype(jnp.float32)
     if u.softcap is None:
@@ -83,9 +83,9 @@ def _back(dz, slope, x, u: Unembed, temperature):
     """Cotangent of logits -> (dx, dweight f32, dbias f32)."""
     dy = dz * slope / temperature
     db = dy.sum((0, 1))
-    dy = (dy * u.scale if u.scale != 1.0 else dy).astype(x.dtype)
-    dx = jnp.einsum("btv,vd->btd", dy, u.weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    dw = jnp.einsum("btv,btd->vd", dy, x, preferred_element_type=jnp.float32)
+    dy = rows(dy * u.scale if u.scale != 1.0 else dy).astype(x.dtype)
+    dx = jnp.einsum("nv,vd->nd", dy, u.weight.astype(x.dtype), preferred_element_type=jnp.float32).reshape(x.shape)
+    dw = jnp.einsum("nv,nd->vd", dy, rows(x), preferred_element_type=jnp.float32)
     return dx, dw, db
 
 

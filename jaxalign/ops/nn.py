@@ -97,29 +97,15 @@ class Unembed:
 # -- weights meet activations ---------------------------------------------------------------------------------------
 
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-@jax.custom_vjp
-def _dot_cpu(x, w):
-    return _dot(x, w)
-
-
-def _dot_cpu_bwd(saved, dy):
-    # Autodiff's x^T dy makes XLA's CPU matmul walk x by columns; transposed first, it runs up to twice as fast.
-    x, w = saved
-    dy2 = dy.reshape(-1, dy.shape[-1])
-    dw = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T) @ dy2
-    return jax.lax.dot_general(dy2, w, (((1,), (1,)), ((), ()))).reshape(x.shape), dw
-
-
-_dot_cpu.defvjp(lambda x, w: (_dot(x, w), (x, w)), _dot_cpu_bwd)
+def rows(x: jax.Array) -> jax.Array:
+    """f[..., I] -> f[n, I]: a sum over one dimension of rows is a plain matrix product for XLA's CPU backend, a sum over
+    two is a slow one, above all in weight gradients."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
     """The one door: f[..., I] x [I,O] -> f[..., O], in the dtype of x. Adapters and quantised weights will enter here."""
-    y = (_dot_cpu if jax.default_backend() == "cpu" else _dot)(x, w.astype(x.dtype))
+    y = (rows(x) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
     return y if b is None else y + b.astype(x.dtype)
 
 
@@ -204,8 +190,11 @@ def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, r
 
 
 def init_cache(layers: int, batch: int, size: int, kv_heads: int, width: int, dtype, scan: bool) -> Tree:
-    """Slots are written in order for all rows at once; a slot whose segment is 0 is a hole that nobody sees."""
-    shape = (batch, size, kv_heads, width)
+    """Slots are written in order for all rows at once; a slot whose segment is 0 is a hole that nobody sees.
+
+    Stored [B,K,S,H], as `attend` multiplies: with time before heads every step would transpose the whole cache.
+    """
+    shape = (batch, kv_heads, size, width)
     if scan:
         kv = {"k": jnp.zeros((layers, *shape), dtype), "v": jnp.zeros((layers, *shape), dtype)}
     else:
@@ -220,11 +209,11 @@ def cache_open(cache: Tree, segments: jax.Array) -> tuple[Tree, jax.Array, jax.A
     return {**cache, "segments": seg, "length": start + segments.shape[1]}, seg, start
 
 
-def cache_write(kv: dict, k: jax.Array, v: jax.Array, start: jax.Array) -> dict:
-    return {
-        "k": jax.lax.dynamic_update_slice_in_dim(kv["k"], k.astype(kv["k"].dtype), start, axis=1),
-        "v": jax.lax.dynamic_update_slice_in_dim(kv["v"], v.astype(kv["v"].dtype), start, axis=1),
-    }
+def cache_write(kv: dict, k: jax.Array, v: jax.Array, start: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
+    """k and v [B,T,K,H] into the slots from `start` on: (cache, all its keys [B,S,K,H], all its values)."""
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 2).astype(old.dtype), start, axis=2)
+    kv = {"k": put(kv["k"], k), "v": put(kv["v"], v)}
+    return kv, jnp.moveaxis(kv["k"], 2, 1), jnp.moveaxis(kv["v"], 2, 1)
 
 
 def cache_grow(cache: Tree, size: int) -> Tree:
@@ -232,7 +221,7 @@ def cache_grow(cache: Tree, size: int) -> Tree:
     extra = size - cache["segments"].shape[1]
 
     def pad(x):
-        axis = x.ndim - 3  # [.., S, K, H]
+        axis = x.ndim - 2  # [.., K, S, H]
         return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
 
     return {**cache, "layers": jax.tree.map(pad, cache["layers"]), "segments": jnp.pad(cache["segments"], ((0, 0), (0, extra)))}

@@ -70,10 +70,12 @@ def test_cache_writes_in_order_and_grows():
         assert start == 0 and cache["length"] == 2
         np.testing.assert_array_equal(segments, [[1, 1, 0, 0]] * 3)
         layer = jax.tree.map(lambda x: x[0], cache["layers"]) if scan else cache["layers"][0]
-        kv = nn.cache_write(layer, jnp.ones((3, 2, 1, 2)), 2 * jnp.ones((3, 2, 1, 2)), start)
-        np.testing.assert_array_equal(kv["v"][0, :, 0, 0], [2, 2, 0, 0])
+        kv, k, v = nn.cache_write(layer, jnp.ones((3, 2, 1, 2)), 2 * jnp.ones((3, 2, 1, 2)), start)
+        np.testing.assert_array_equal(kv["v"][0, 0, :, 0], [2, 2, 0, 0])
+        np.testing.assert_array_equal(v[0, :, 0, 0], [2, 2, 0, 0])
+        np.testing.assert_array_equal(k[0, :, 0, 0], [1, 1, 0, 0])
         cache = nn.cache_grow(cache, 7)
-        shape = (2, 3, 7, 1, 2) if scan else (3, 7, 1, 2)
+        shape = (2, 3, 1, 7, 2) if scan else (3, 1, 7, 2)
         assert {x.shape for x in jax.tree.leaves(cache["layers"])} == {shape}
         _, segments, start = nn.cache_open(cache, 5 * np.ones((3, 1), np.int32))
         np.testing.assert_array_equal(segments, [[1, 1, 5, 0, 0, 0, 0]] * 3)
