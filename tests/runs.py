@@ -1,5 +1,6 @@
 """Small data, small configs, whole runs: what the tests of training as a whole share."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,6 +33,26 @@ def length_reward(prompt, completion, record):
 def lame_reward(prompt, completion, record):
     """Not a number, in process 1 alone."""
     return float("nan") if os.environ.get("JAXALIGN_PROCESS", "0")[0] == "1" else 1.0
+
+
+@contextlib.contextmanager
+def devices(n: int):
+    """Meshes of the first n devices: quicker to compile for than the eight of conftest.py."""
+    import jax  # not above: this file is a child's config, read before jax.distributed is up
+    import pytest
+    from jaxalign import shard
+
+    make = shard.make_mesh
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(shard, "make_mesh", lambda sizes: make(sizes, jax.devices()[:n]))
+        yield
+
+
+def prepared(directory: Path) -> Path:
+    """`directory` with the data of all kinds, and a model for those that start from one."""
+    write_data(directory)
+    start(directory)
+    return directory
 
 
 def write_data(directory: Path) -> None:

@@ -7,10 +7,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
 import runs
-from jaxalign import shard
 from jaxalign.cli import main as cli
 from jaxalign.tasks.reviews import World
 
@@ -21,10 +19,7 @@ QUICK = ("--config.stage.train.steps=2", "--config.stage.data.batch_size=4", "--
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Quicker to compile for than the eight of conftest.py."""
-    with pytest.MonkeyPatch.context() as m:
-        make = shard.make_mesh
-        m.setattr(shard, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
+    with runs.devices(1):
         yield
 
 

@@ -34,10 +34,7 @@ MESH = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("data")
-    runs.write_data(directory)
-    runs.start(directory)
-    return directory
+    return runs.prepared(tmp_path_factory.mktemp("data"))
 
 
 def arguments(kind: str, data: Path, workdir: Path, *more: str) -> list[str]:

@@ -5,29 +5,22 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import pytest
 import runs
-from jaxalign import shard, tree
+from jaxalign import tree
 from jaxalign.train import checkpoint
 from jaxalign.train.log import RunLog, read_jsonl
 from jaxalign.types import UserError
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices():
-    """Enough for a sharded state, and quicker to compile for than eight."""
-    with pytest.MonkeyPatch.context() as m:
-        make = shard.make_mesh
-        m.setattr(shard, "make_mesh", lambda sizes: make(sizes, jax.devices()[:2]))
+    with runs.devices(2):
         yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("data")
-    runs.write_data(directory)
-    runs.start(directory)
-    return directory
+    return runs.prepared(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
