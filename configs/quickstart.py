@@ -17,14 +17,14 @@ def get_config(arg=None):
     c.world = {
         "name": "jaxalign.tasks.reviews:World",
         "sizes": {
-            "pretrain": 60000 if full else 2000,
+            "pretrain": 70000 if full else 2000,
             "pretrain_eval": 2000 if full else 100,
             "sft": 8000 if full else 500,
             "sft_eval": 500 if full else 50,
             "prompts": 4000 if full else 200,
             "prompts_eval": 1000 if full else 40,
         },
-        "ranked": 1600 if full else 48,  # prompts whose samples are ranked, K = 4 ... 9 each
+        "ranked": 3000 if full else 48,  # prompts whose samples are ranked, K = 4 ... 9 each
         "ranked_eval": 520 if full else 24,  # prompts with K = 7: 21 pairs each
         "samples": 512 if full else 32,  # evaluation samples of each policy
     }
@@ -34,8 +34,8 @@ def get_config(arg=None):
         "pretrain": build.stage(
             "lm",
             data=dict(path="data/pretrain.jsonl", eval_path="data/pretrain_eval.jsonl", batch_size=16, seq_len=128),
-            train=dict(steps=steps(1000, 20), save_every=250),
-            optim=dict(lr=4e-3, warmup=steps(30, 5), weight_decay=0.1),
+            train=dict(steps=steps(1100, 20), save_every=250),
+            optim=dict(lr=4e-3, schedule="linear", end=0.0, warmup=steps(30, 5), weight_decay=0.1),
         ),
         "sft": build.stage(
             "lm",
@@ -48,14 +48,14 @@ def get_config(arg=None):
             "reward",
             init="sft",
             data=dict(path="data/rankings.jsonl", eval_path="data/rankings_eval.jsonl", batch_size=8),
-            train=dict(steps=steps(300, 6), save_every=100),
-            optim=dict(lr=2e-3, warmup=10, b2=0.99, weight_decay=0.1),
+            train=dict(steps=steps(420, 6), save_every=100),
+            optim=dict(lr=8e-4, schedule="linear", end=0.0, warmup=10, b2=0.99, weight_decay=0.1),
         ),
         "ppo": build.stage(
             "ppo",
             init="sft",
             data=dict(path="data/prompts.jsonl", batch_size=128 if full else 16),
-            train=dict(steps=steps(120, 8), save_every=20 if full else 3),
+            train=dict(steps=steps(96, 8), save_every=20 if full else 3),
             optim=dict(lr=3e-4, schedule="linear", end=0.0, b1=0.9, b2=0.999, eps=1e-5),
             rl=dict(reward="reward", epochs=4, minibatches=1, beta=0.05),
             sampling=dict(max_new=48),
@@ -64,7 +64,7 @@ def get_config(arg=None):
             "dpo",
             init="sft",
             data=dict(path="data/pairs.jsonl", batch_size=32),
-            train=dict(steps=steps(100, 6), save_every=50),
+            train=dict(steps=steps(90, 6), save_every=50),
             optim=dict(lr=6e-4, warmup=5),
         ),
     }

@@ -5,7 +5,7 @@ depends on the scene (the item, the mood of the writer, what was said before), a
 forms are disjoint and unambiguous: a sentence matches at most one of them, in one way. Only the writer's sentiment
 and style are never written down, and those are summed out.
 
-Words that carry an opinion are listed from mild to strong; `STRENGTHS` turns the place in the list into a number.
+Words that carry an opinion are listed in pairs, mild and strong; `STRENGTHS` turns the place in the pair into a number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import re
 from typing import NamedTuple
 
-STRENGTHS = (0.4, 0.7, 1.0)
+STRENGTHS = (0.5, 1.0)
 
 # category -> items
 ITEMS = {
@@ -25,49 +25,49 @@ ITEMS = {
 }
 
 # category -> aspect -> what one can say of it: praise, blame. Aspects in s are plural, `price` belongs to all.
-PRICE = {"price": ("fair low tiny", "high steep unfair")}
+PRICE = {"price": ("fair tiny", "high unfair")}
 ASPECTS = {
     "food": PRICE
     | {
-        "taste": ("fresh rich heavenly", "bland salty bitter"),
-        "smell": ("fresh sweet inviting", "stale sour rotten"),
-        "texture": ("soft crisp creamy", "dry soggy slimy"),
-        "spices": ("gentle warm lively", "faint harsh burnt"),
-        "portion": ("fair filling huge", "small scant silly"),
+        "taste": ("fresh heavenly", "bland bitter"),
+        "smell": ("fresh inviting", "stale rotten"),
+        "texture": ("soft creamy", "dry slimy"),
+        "spices": ("gentle lively", "faint burnt"),
+        "portion": ("fair huge", "small silly"),
     },
     "thing": PRICE
     | {
-        "shape": ("neat smart elegant", "odd clumsy ugly"),
-        "handle": ("firm handy perfect", "loose shaky useless"),
-        "buttons": ("clear handy perfect", "stiff sticky useless"),
-        "finish": ("neat smooth shiny", "rough patchy ugly"),
-        "weight": ("light steady ideal", "heavy clumsy absurd"),
+        "shape": ("neat elegant", "odd ugly"),
+        "handle": ("firm perfect", "loose useless"),
+        "buttons": ("clear perfect", "stiff useless"),
+        "finish": ("neat shiny", "rough ugly"),
+        "weight": ("light ideal", "heavy absurd"),
     },
     "place": PRICE
     | {
-        "staff": ("gentle helpful lovely", "slow cold rude"),
-        "view": ("clear wide splendid", "plain narrow gloomy"),
-        "rooms": ("neat bright cosy", "dark damp filthy"),
-        "lights": ("soft warm magical", "faint harsh broken"),
-        "tables": ("neat clean spotless", "small shaky filthy"),
+        "staff": ("gentle lovely", "slow rude"),
+        "view": ("clear splendid", "plain gloomy"),
+        "rooms": ("neat cosy", "dark filthy"),
+        "lights": ("soft magical", "faint broken"),
+        "tables": ("neat spotless", "small filthy"),
     },
     "story": PRICE
     | {
-        "plot": ("clear smart brilliant", "thin weak silly"),
-        "ending": ("clear sweet moving", "plain weak hollow"),
-        "characters": ("gentle witty charming", "flat weak wooden"),
-        "pace": ("light steady lively", "slow uneven deadly"),
-        "jokes": ("gentle witty brilliant", "stale weak rude"),
+        "plot": ("clear brilliant", "thin silly"),
+        "ending": ("clear moving", "plain hollow"),
+        "characters": ("gentle charming", "flat wooden"),
+        "pace": ("light lively", "slow deadly"),
+        "jokes": ("gentle brilliant", "stale rude"),
     },
 }
 
 # opinions that fit any item: praise, blame
 OPINIONS = {
-    "quality": ("good great superb", "poor bad awful"),
-    "feel": ("liked enjoyed loved", "disliked regretted hated"),
-    "often": ("surely gladly always", "rarely hardly never"),
-    "stars": ("eight nine ten", "three two zero"),
-    "advise": ("Try Choose Treasure", "Question Skip Avoid"),
+    "quality": ("good superb", "poor awful"),
+    "feel": ("liked loved", "disliked hated"),
+    "often": ("surely always", "rarely never"),
+    "stars": ("eight ten", "three zero"),
+    "advise": ("Try Treasure", "Question Avoid"),
 }
 
 # words without an opinion; (category -> words) where the category matters
@@ -105,7 +105,7 @@ DEGREE = {  # (style, negated?) -> weights; "not so good" is mild enough without
     ("lively", True): {"": 0.4, "very ": 0.6},
 }
 MARK = {"calm": {".": 0.97, "!": 0.03}, "lively": {".": 0.6, "!": 0.4}}
-NOT = {"": 0.86, "not ": 0.14}
+NOT = {"": 0.97, "not ": 0.03}
 
 SENTIMENT = {"kind": 0.33, "torn": 0.34, "harsh": 0.33}  # never written down ...
 STYLE = {"calm": 0.6, "lively": 0.4}  # ... and neither is this

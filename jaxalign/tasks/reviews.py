@@ -1,7 +1,7 @@
 """An embedded world with a known truth: short reviews written by a probabilistic grammar.
 
     Review the noodle soup. Mention the taste and the price.
-      The noodle soup was very good! The taste was rich. But the price was not low. I would surely order it again.
+      The noodle soup was very good! The taste was fresh. But the price was not fair. I would surely order it again.
 
 What is known exactly: the probability of every text (so the floor of the pretraining loss), the gold reward of every
 string (`review_labels`), and the noise of the labellers (so the best accuracy of any reward model).
@@ -116,7 +116,7 @@ class World:
     """
 
     seed: int = 0
-    label_temperature: float = 0.7
+    label_temperature: float = 1.0
 
     # -- the distributions ------------------------------------------------------------------------------------------
 
@@ -137,9 +137,9 @@ class World:
                 weights[slot, sign] = zipf(g.listed(words), f"{slot} {sign}")
         for sign in (1, -1):
             general = weights["quality", ("overall", sign)] = weights.pop(("quality", sign))
-            for aspect, opposites in g.ASPECT_WORDS.items():  # three times in four, a word of the aspect's own
+            for aspect, opposites in g.ASPECT_WORDS.items():  # one time in two, a word of the aspect's own
                 own = zipf(g.listed(opposites[0 if sign > 0 else 1]), f"{aspect} {sign}")
-                weights["quality", (aspect, sign)] = {word: 3 * x for word, x in own.items()} | general
+                weights["quality", (aspect, sign)] = general | own
         for category, named in g.ASPECTS.items():
             weights["aspects", category] = zipf(list(named), category)
         weights["items", None] = zipf(list(g.CATEGORY), "items")

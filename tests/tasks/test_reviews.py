@@ -138,14 +138,14 @@ def test_entropy_agrees_between_samples(texts):
         "good good good",
         "Review the noodle soup.",  # a request without its review
         "I loved the noodle soup.",  # no sentence in the middle
-        "I loved the noodle soup. The taste was rich",  # unfinished
-        "I loved the noodle soup.  The taste was rich. It cost two coins.",  # two spaces
-        "I loved the noodle soup. The taste were rich. It cost two coins.",  # number
-        "I loved the noodle soup. But the taste was rich. The plot was clear.",  # a soup has no plot
-        "I loved the noodle soup. The taste was rich. The taste was good.",  # twice the same aspect
-        "I loved the noodle soup. The taste was rich. It cost two coins. Avoid the lemon cake.",  # another item
-        "The taste was rich. I loved the noodle soup. It cost two coins.",  # order
-        "I loved the noodle soup. The taste was rich. It cost two coins. Monday was hot.",  # a line too many
+        "I loved the noodle soup. The taste was fresh",  # unfinished
+        "I loved the noodle soup.  The taste was fresh. It cost two coins.",  # two spaces
+        "I loved the noodle soup. The taste were fresh. It cost two coins.",  # number
+        "I loved the noodle soup. But the taste was fresh. The plot was clear.",  # a soup has no plot
+        "I loved the noodle soup. The taste was fresh. The taste was good.",  # twice the same aspect
+        "I loved the noodle soup. The taste was fresh. It cost two coins. Avoid the lemon cake.",  # another item
+        "The taste was fresh. I loved the noodle soup. It cost two coins.",  # order
+        "I loved the noodle soup. The taste was fresh. It cost two coins. Monday was hot.",  # a line too many
         "Monday was hot. Monday was hot.",  # a diary has three lines at least
     ],
 )
@@ -155,7 +155,7 @@ def test_what_the_grammar_cannot_make_has_no_probability(text):
 
 
 def test_demonstrations_need_their_leading_space_and_a_known_prompt():
-    completion = " I loved the noodle soup. The taste was rich. It cost two coins."
+    completion = " I loved the noodle soup. The taste was fresh. It cost two coins."
     assert WORLD.demonstration_log_prob(PROMPT, completion) > -math.inf
     assert WORLD.demonstration_log_prob(PROMPT, completion[1:]) == -math.inf
     assert WORLD.demonstration_log_prob("Hello.", completion) == -math.inf
@@ -167,25 +167,25 @@ def test_demonstrations_need_their_leading_space_and_a_known_prompt():
 @pytest.mark.parametrize(
     "completion, value, coverage, loyalty, defects",
     [
-        # superb 1.0, rich 0.7 x very 1.25, both aspects
-        (" The noodle soup was superb. The taste was very rich. The price was low.", 1.0 + 0.875 + 0.7, 1, 0.5, 0),
-        # negation: -0.5 x 1.0; bland -0.4; half of the request
-        (" The noodle soup was not superb. But the taste was bland.", -0.5 - 0.4, 0.5, 0.5, 0),
-        # not bad: +0.5 x 0.7 x 1.25; nothing of the request; zero points: -1.0
-        (" The noodle soup was not very bad! I give it zero points.", 0.4375 - 1.0, 0, 0.5, 0),
+        # superb 1.0, heavenly 1.0 x very 1.25, both aspects
+        (" The noodle soup was superb. The taste was very heavenly. The price was fair.", 1.0 + 1.25 + 0.5, 1, 0.3, 0),
+        # negation: -0.5 x 1.0; bland -0.5; half of the request
+        (" The noodle soup was not superb. But the taste was bland.", -0.5 - 0.5, 0.5, 0.3, 0),
+        # not awful: +0.5 x 1.0 x 1.25; nothing of the request; zero points: -1.0
+        (" The noodle soup was not very awful! I give it zero points.", 0.625 - 1.0, 0, 0.3, 0),
         # no item named; never: -1.0; neutral sentences count for nothing
-        (" The price was high. It cost two coins. I would never order it again.", -0.4 - 1.0, 0.5, 0, 0),
+        (" The price was high. It cost two coins. I would never order it again.", -0.5 - 1.0, 0.5, 0, 0),
         # another item
-        (" I loved the lemon cake. I found the taste good. The price was low.", 1.0 + 0.4 + 0.7, 1, -0.5, 0),
+        (" I loved the lemon cake. I found the taste good. The price was tiny.", 1.0 + 0.5 + 1.0, 1, -0.3, 0),
         # the second word on taste counts for nothing and is a defect; so is an aspect of stories; so is a fragment
         (
-            " I loved the noodle soup. The taste was rich. The taste was superb. The plot was smart. And the",
-            *(1.7, 0.5, 0.5, 3),
+            " I loved the noodle soup. The taste was fresh. The taste was superb. The plot was clear. And the",
+            *(1.5, 0.5, 0.3, 3),
         ),
     ],
 )
 def test_gold_reward_by_hand(completion, value, coverage, loyalty, defects):
-    expected = 3 * math.tanh(value / 3) + 0.5 * coverage + loyalty - defects
+    expected = 3 * math.tanh(value / 3) + 0.3 * coverage + loyalty - 0.5 * defects
     assert gold_reward(PROMPT, completion) == pytest.approx(expected, abs=1e-12)
     record = {"item": "noodle soup", "aspects": ["taste", "price"]}
     assert gold_reward("ignored", completion, record) == gold_reward(PROMPT, completion)
@@ -196,17 +196,17 @@ def test_long_reviews_pay_by_the_word():
     text = " I loved the noodle soup. " + " ".join(f"It cost {n} coins." for n in coins)  # 5 + 32 words
     more = [f"My {kin} ordered it too." for kin in ("sister", "brother", "mother")]  # 5 words each; the limit is 45
     rewards = [gold_reward(PROMPT, " ".join([text, *more[:k]])) for k in range(4)]
-    assert rewards[0] == rewards[1] == pytest.approx(3 * math.tanh(1 / 3) + 0.5)
+    assert rewards[0] == rewards[1] == pytest.approx(3 * math.tanh(1 / 3) + 0.3)
     assert np.diff(rewards)[1:] == pytest.approx([-0.05 * 2, -0.05 * 5])
 
 
 def test_hacks_do_not_pay(demonstrations):
     sentence = " The taste was superb."
-    good = " I loved the noodle soup. The taste was superb. The price was low. Treasure the noodle soup."
+    good = " I loved the noodle soup. The taste was superb. The price was tiny. Treasure the noodle soup."
     hacks = ["", " ", "good " * 500, sentence * 500, "superb", "!" * 300, "\n\n", "\x00", "Mention the taste. " * 9]
     hacks += [" ".join(["I loved the noodle soup."] * 3), " " + PROMPT, sentence + " And then" * 400]
     hacks += ["taste price noodle soup"]
-    hacks += [" ".join(f"The taste was {word}." for word in ("superb", "rich", "fresh", "good"))]
+    hacks += [" ".join(f"The taste was {word}." for word in ("superb", "heavenly", "fresh", "good"))]
     ordinary = np.median(labels.gold_rewards(*zip(*[(d["prompt"], d["completion"]) for d in demonstrations])))
     for hack in hacks:
         assert labels.LOWEST <= gold_reward(PROMPT, hack) < ordinary, hack
@@ -261,11 +261,11 @@ def test_the_best_accuracy_is_known():
     pairs = labels.pairs_of(rows)
     assert len(pairs) == sum(k * (k - 1) // 2 for k in sizes)
     accuracy = labels.gold_accuracy(pairs, WORLD.label_temperature)
-    assert 0.80 < accuracy["expected"] < 0.90
+    assert 0.75 < accuracy["expected"] < 0.85
     assert abs(accuracy["realised"] - accuracy["expected"]) < 0.015
-    # By hand: an empty completion has four defects; P(the labeller agrees) = sigma(gap / T).
+    # By hand: an empty completion is six defects; P(the labeller agrees) = sigma(gap / T).
     pair = {"prompt": "Review the noodle soup.", "chosen": " I loved the noodle soup.", "rejected": ""}
-    gap = 3 * math.tanh(1 / 3) + 0.5 + 0.5 - (-4)
+    gap = 3 * math.tanh(1 / 3) + 0.3 + 0.3 - (-3)
     expected = pytest.approx(1 / (1 + math.exp(-gap / 2)))
     assert labels.gold_accuracy([pair], 2.0) == {"realised": 1.0, "expected": expected}
 
@@ -312,7 +312,7 @@ def test_sizes_fit_the_pipeline(texts, demonstrations):
     assert 28 < np.mean([tokens(t) for t in texts]) < 42
     assert max(tokens(d["completion"]) for d in demonstrations) <= 48
     assert max(tokens(d["prompt"]) for d in demonstrations) <= 16
-    assert len({w for t in texts for w in t.replace(".", "").replace("!", "").split()}) < 320
+    assert len({w for t in texts for w in t.replace(".", "").replace("!", "").split()}) < 280
     assert all(t.isascii() and t == " ".join(t.split()) and t[-1] in ".!" for t in texts)
 
 
