@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign.objectives.lm import cross_entropy
 from jaxalign.ops import nn
-from jaxalign.ops.logprob import before, logprob, targets
+from jaxalign.ops.logprob import before, targets, token_loss
 from jaxalign.types import Experience, Loss, Model, Objective, ScalarModel, Term
 
 
@@ -28,17 +28,15 @@ def value_loss(values, old_values, returns, clip):
     return 0.5 * jnp.maximum(plain, cut), (cut > plain).astype(jnp.float32)
 
 
-def policy_and_values(model: Model, value: ScalarModel | None, params, batch, *, temperature=1.0):
-    """(LogProbs of batch.tokens, values before each token f32[B,T]) by one forward, two if the critic is separate.
+def states_and_values(model: Model, value: ScalarModel | None, params, batch):
+    """(hidden states f[B,T,D], values f32[B,T]), both before each token: by one forward, two if the critic is separate.
 
-    Used for the loss and for the old log-probs and values of `rl.experience`: one forward for both, so that the first
-    minibatch has ratio 1.
+    Used for the loss and for the old log-probs and values of `rl.experience`, so that the first minibatch has ratio 1.
     """
     h = model.hidden(params["policy"], batch.tokens, batch.segments, batch.positions)
     mask = targets(batch.mask, batch.segments)
-    out = logprob(before(h.x, batch.segments), model.unembed(params["policy"]), batch.tokens, mask, temperature=temperature)
     v = nn.scalar(params["value"], h.x) if value is None else value.scores(params["value"], batch.tokens, batch.segments, batch.positions)
-    return out, before(v, batch.segments) * mask
+    return before(h.x, batch.segments), before(v, batch.segments) * mask
 
 
 def ppo(
@@ -66,18 +64,24 @@ def ppo(
         mask = targets(exp.mask, exp.segments)
         n = mask.sum()
         exp = exp._replace(**{k: jnp.where(mask > 0, getattr(exp, k), 0.0) for k in ("logp", "values", "advantages", "returns")})
-        out, values = policy_and_values(model, value, params, exp, temperature=temperature)
+        x, values = states_and_values(model, value, params, exp)
+
+        def surrogate(logp, entropy, old):
+            loss, _ = policy_loss(logp, *old, 1.0, clip)
+            return loss - entropy_coef * entropy if entropy_coef else loss
+
+        total, out = token_loss(
+            x, model.unembed(params["policy"]), exp.tokens, mask, (exp.logp, exp.advantages), surrogate, entropy=bool(entropy_coef), temperature=temperature
+        )
         pg, pg_clipped = policy_loss(out.logp, exp.logp, exp.advantages, mask, clip)
         vf, vf_clipped = value_loss(values, exp.values, exp.returns, value_clip)
         d = jnp.where(mask > 0, out.logp - exp.logp, 0.0)
-        ratio = jnp.exp(jax.lax.stop_gradient(d))
+        ratio = jnp.exp(d)
         keep = ((mask * ratio).sum() <= ratio_threshold * jnp.maximum(n, 1)).astype(jnp.float32)
         terms = {
-            "policy": Term(keep * (mask * pg).sum(), n),
+            "policy": Term(keep * total, n),
             "value": Term(keep * (mask * vf).sum(), n, value_coef),
         }
-        if entropy_coef:
-            terms["entropy"] = Term(-keep * out.entropy.sum(), n, entropy_coef)
         mean = lambda x: jax.lax.stop_gradient(((mask * x).sum(), n))
         metrics = {
             "policy/approxkl_avg": mean(0.5 * d**2),

@@ -1,9 +1,9 @@
 """Hidden states to token log-probabilities without ever holding [B,T,V] logits, forward or backward.
 
 `before` is the only shift in the package. `logprob` walks over time in chunks, keeps only lse and entropy per token, and
-recomputes a chunk's logits in its own VJP, exact for the cotangents of log-prob, entropy and lse. `linear_ce` serves
-`lm` alone: a sum of cross entropies is linear in its cotangent, so its gradients are made in the forward pass and no
-logits are computed twice. A chunk in which nothing is asked for (a prompt, padding) is skipped.
+recomputes a chunk's logits in its own VJP, exact for the cotangents of log-prob, entropy and lse. `linear_ce` (`lm`) and
+`token_loss` (`ppo`) are sums over tokens, linear in their one cotangent, so their gradients are made in the forward pass
+and no logits are computed twice. A chunk in which nothing is asked for (a prompt, padding) is skipped.
 """
 
 from __future__ import annotations
@@ -110,6 +110,26 @@ def logprob(x, unembed: Unembed, tokens, mask, *, temperature=1.0, chunk: int | 
     return LogProbs(*_logprob(x, unembed, jnp.asarray(temperature, jnp.float32), tokens, mask.astype(jnp.float32), c))
 
 
+def _stats(z, tokens, mask) -> LogProbs:
+    top = z.max(-1)
+    e = jnp.exp(z - top[..., None])
+    total = e.sum(-1)
+    lse = top + jnp.log(total)
+    entropy = lse - (e * z).sum(-1) / total
+    logp = jnp.take_along_axis(z, tokens[..., None], -1)[..., 0] - lse
+    return LogProbs(*(jnp.where(mask > 0, v, 0.0) for v in (logp, entropy, lse)))
+
+
+def _dz(z, tokens, entropy, lse, g_logp, g_entropy, g_lse):
+    """Cotangent of the logits: d logp = onehot - p; d lse = p; d H = -p (log p + H). No g_entropy: entropy has none."""
+    log_p = z - lse[..., None]
+    factor = (g_lse - g_logp)[..., None]
+    if g_entropy is not None:
+        factor = factor - g_entropy[..., None] * (log_p + entropy[..., None])
+    dz = jnp.exp(log_p) * factor
+    return jnp.where(jnp.arange(z.shape[-1]) == tokens[..., None], dz + g_logp[..., None], dz)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _logprob(x, u, temperature, tokens, mask, c):
     return _logprob_fwd(x, u, temperature, tokens, mask, c)[0]
@@ -117,14 +137,7 @@ def _logprob(x, u, temperature, tokens, mask, c):
 
 def _logprob_fwd(x, u, temperature, tokens, mask, c):
     def some(xc, tc, mc):
-        z, _ = _logits(xc, u, temperature)
-        top = z.max(-1)
-        e = jnp.exp(z - top[..., None])
-        total = e.sum(-1)
-        lse = top + jnp.log(total)
-        entropy = lse - (e * z).sum(-1) / total
-        logp = jnp.take_along_axis(z, tc[..., None], -1)[..., 0] - lse
-        return tuple(jnp.where(mc > 0, v, 0.0) for v in (logp, entropy, lse))
+        return tuple(_stats(_logits(xc, u, temperature)[0], tc, mc))
 
     def body(_, xs):
         none = lambda xc, tc, mc: (jnp.zeros_like(mc),) * 3
@@ -143,10 +156,7 @@ def _logprob_bwd(c, saved, cotangents):
         dw, db, dt = carry
         xc, tc, hc, lc, g_logp, g_ent, g_lse = xs
         z, slope = _logits(xc, u, temperature)
-        log_p = z - lc[..., None]
-        # d logp = onehot - p;  d lse = p;  d H = -p (log p + H)
-        dz = jnp.exp(log_p) * ((g_lse - g_logp)[..., None] - g_ent[..., None] * (log_p + hc[..., None]))
-        dz = jnp.where(jnp.arange(z.shape[-1]) == tc[..., None], dz + g_logp[..., None], dz)
+        dz = _dz(z, tc, hc, lc, g_logp, g_ent, g_lse)
         dx, w, b = _back(dz, slope, xc, u, temperature)
         return (dw + w, db + b, dt - (dz * z).sum() / temperature), dx.astype(x.dtype)
 
@@ -160,6 +170,66 @@ def _logprob_bwd(c, saved, cotangents):
 
 
 _logprob.defvjp(_logprob_fwd, _logprob_bwd)
+
+
+# -- sums over tokens with gradients ready --------------------------------------------------------------------------
+
+
+def token_loss(x, unembed: Unembed, tokens, mask, extra, f, *, entropy=False, temperature: float = 1.0, chunk: int | None = None):
+    """(sum over tokens of f(logp, entropy, extra), LogProbs): `logprob` for losses that are sums over tokens, as PPO's.
+
+    The gradient of such a sum is known up to one factor when a chunk's logits are there, so it is made with them and
+    they are computed once, not twice. Only the sum carries a gradient, into x and the unembedding; through the entropy
+    only if `entropy`.
+
+    x f[B,T,D]; tokens i32[B,T]; mask f32[B,T]; extra: tree of f32[B,T]; f maps these, chunk by chunk, to f32[B,c].
+    """
+    c = _chunk(*x.shape[:2], unembed.weight.shape[0], chunk)
+    total, *out = _token_loss(x, unembed, tokens, mask.astype(jnp.float32), extra, f, entropy, temperature, c)
+    return total, LogProbs(*map(jax.lax.stop_gradient, out))
+
+
+def _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, c, grads: bool):
+    def some(carry, xs):
+        xc, tc, mc, ec = xs
+        z, slope = _logits(xc, u, temperature)
+        out = _stats(z, tc, mc)
+        total = lambda logp, h: jnp.where(mc > 0, f(logp, h, ec), 0.0).sum()
+        if not grads:
+            return (carry[0] + total(out.logp, out.entropy), None), (out, None)
+        value, (g_logp, g_entropy) = jax.value_and_grad(total, (0, 1))(out.logp, out.entropy)
+        dz = _dz(z, tc, out.entropy, out.lse, g_logp, g_entropy if entropy else None, 0.0)
+        dx, w, b = _back(jnp.where(mc[..., None] > 0, dz, 0.0), slope, xc, u, temperature)
+        return (carry[0] + value, (carry[1][0] + w, carry[1][1] + b)), (out, dx.astype(x.dtype))
+
+    def body(carry, xs):
+        none = lambda k, v: (k, (LogProbs(*(jnp.zeros_like(v[2]),) * 3), jnp.zeros_like(v[0]) if grads else None))
+        return jax.lax.cond(xs[2].any(), some, none, carry, xs)
+
+    start = (jnp.zeros((), jnp.float32), _zeros(u) if grads else None)
+    (total, dwb), (out, dx) = jax.lax.scan(body, start, jax.tree.map(lambda a: _split(a, c), (x, tokens, mask, extra)))
+    return (total, *(_join(v, x.shape[1]) for v in out)), dwb, dx
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _token_loss(x, u, tokens, mask, extra, f, entropy, temperature, c):
+    return _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, c, grads=False)[0]
+
+
+def _token_loss_fwd(x, u, tokens, mask, extra, f, entropy, temperature, c):
+    out, (dw, db), dx = _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, c, grads=True)
+    return out, (_join(dx, x.shape[1]), _grads(u, dw, db))
+
+
+def _token_loss_bwd(f, entropy, temperature, c, saved, g):
+    return *_scaled(saved, g[0]), None, None, None
+
+
+def _scaled(tree, by):
+    return jax.tree.map(lambda v: (v * by).astype(v.dtype), tree)
+
+
+_token_loss.defvjp(_token_loss_fwd, _token_loss_bwd)
 
 
 # -- cross entropy with gradients ready -----------------------------------------------------------------------------
@@ -229,8 +299,7 @@ def _linear_ce_fwd(x, u, tokens, weights, smoothing, z_loss, c):
 
 
 def _linear_ce_bwd(smoothing, z_loss, c, saved, g):
-    scale = lambda t: jax.tree.map(lambda v: (v * g[0]).astype(v.dtype), t)
-    return scale(saved[0]), scale(saved[1]), None, None
+    return *_scaled(saved, g[0]), None, None
 
 
 _linear_ce.defvjp(_linear_ce_fwd, _linear_ce_bwd)

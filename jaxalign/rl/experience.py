@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import shard
-from jaxalign.objectives.ppo import policy_and_values
+from jaxalign.objectives.ppo import states_and_values
 from jaxalign.ops import advantage, nn
 from jaxalign.ops.logprob import before, logprob, targets
 from jaxalign.ops.masked import masked_mean, masked_whiten
@@ -60,7 +60,8 @@ def make_experience(
     are apart (nats, largest over the batch).
     """
     mask = targets(rollout.mask, rollout.segments)
-    old, values = policy_and_values(model, value, params, rollout, temperature=temperature)
+    x, values = states_and_values(model, value, params, rollout)
+    old = logprob(x, model.unembed(params["policy"]), rollout.tokens, mask, temperature=temperature)
     ref = token_logps(model, reference, rollout, temperature=temperature)
     score = rewards.adjust(scores, rollout.truncated, missing_eos_penalty=missing_eos_penalty, clip=clip_score)
     kl_t = advantage.kl_tokens(old.logp, ref.logp, kl_estimator)

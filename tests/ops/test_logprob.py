@@ -129,6 +129,40 @@ def test_all_three_cotangents_against_float64(case):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_token_loss_against_float64(case, entropy):
+    """A clipped ratio against old log-probs, with and without an entropy bonus: what PPO asks of it."""
+    options = CASES[case]
+    temperature, bias, coef = options.get("temperature", 1.0), options.get("bias", False), 0.3 * entropy
+    old, advantage = -2 + G[0], G[1]
+
+    def each(logp, h, extra):
+        ratio = jnp.exp(logp - extra[0])
+        return jnp.maximum(-extra[1] * ratio, -extra[1] * jnp.clip(ratio, 0.8, 1.2)) - coef * h
+
+    def plain(x, w, b):
+        log_p = jax.nn.log_softmax(dense(x, w, b * bias, temperature, options.get("scale", 1.0), options.get("softcap")))
+        logp, h = jnp.take_along_axis(log_p, TOKENS[..., None], -1)[..., 0], -(jnp.exp(log_p) * log_p).sum(-1)
+        return 3.0 * (MASK * each(logp, h, (old, advantage))).sum()
+
+    def ours(x, w, b):
+        extra = (old.astype(np.float32), advantage.astype(np.float32))
+        total, out = lp.token_loss(x, unembed(w, b, **options), TOKENS, MASK, extra, each, entropy=entropy, temperature=temperature, chunk=B * V * 3)
+        return 3.0 * total, out
+
+    value, grads = reference(plain, X, W, BIAS)
+    args = [np.float32(a) for a in (X, W, BIAS)]
+    (got, out), got_grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True))(*args)
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    for a, b in zip(got_grads, grads):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    alone, _ = jax.jit(ours)(*args)  # without gradients another path is taken
+    np.testing.assert_allclose(alone, value, rtol=1e-5)
+    for a, b in zip(out, lp.logprob(args[0], unembed(*args[1:], **options), TOKENS, MASK, temperature=temperature)):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ["plain", "bias", "softcap", "scale"])
 def test_linear_ce_against_float64(case):
     options = {k: v for k, v in CASES[case].items() if k != "temperature"}
@@ -186,13 +220,14 @@ def test_the_whole_logits_are_never_held():
     x, w, tokens, mask = jnp.ones((b, t, d)), jnp.ones((v, d)), jnp.zeros((b, t), jnp.int32), jnp.ones((b, t))
     chunked = lambda x, w: sum(o.sum() for o in lp.logprob(x, Unembed(w), tokens, mask, chunk=b * v * 4))
     fused = lambda x, w: lp.linear_ce(x, Unembed(w), tokens, mask, chunk=b * v * 4).total
-    for f in (chunked, fused):
+    summed = lambda x, w: lp.token_loss(x, Unembed(w), tokens, mask, (), lambda logp, h, _: jnp.exp(logp) + h, entropy=True, chunk=b * v * 4)[0]
+    for f in (chunked, fused, summed):
         assert max(sizes(jax.make_jaxpr(jax.value_and_grad(f, argnums=(0, 1)))(x, w).jaxpr)) == b * v * 4
     plain = lambda x, w: jax.nn.log_softmax(x @ w.T).sum()
     assert max(sizes(jax.make_jaxpr(jax.grad(plain))(x, w).jaxpr)) == b * t * v  # the ruler measures
 
 
-@pytest.mark.parametrize("f", ["logprob", "linear_ce"])
+@pytest.mark.parametrize("f", ["logprob", "linear_ce", "token_loss"])
 def test_chunks_without_targets_are_skipped(f):
     """NaN hidden states in a chunk that nobody asks for would spread to the weight's gradient (0 * NaN) if computed."""
     x = X.astype(np.float32).copy()
@@ -200,6 +235,7 @@ def test_chunks_without_targets_are_skipped(f):
     one = {
         "logprob": lambda x, w: sum(o.sum() for o in lp.logprob(x, Unembed(w), TOKENS, MASK, chunk=B * V * 3)),
         "linear_ce": lambda x, w: lp.linear_ce(x, Unembed(w), TOKENS, MASK, chunk=B * V * 3).total,
+        "token_loss": lambda x, w: lp.token_loss(x, Unembed(w), TOKENS, MASK, (), lambda logp, h, _: logp, chunk=B * V * 3)[0],
     }[f]
     value, (dx, dw) = jax.jit(jax.value_and_grad(one, argnums=(0, 1)))(x, W.astype(np.float32))
     assert np.isfinite(value) and np.isfinite(dw).all() and not np.asarray(dx)[:, :3].any()
@@ -218,7 +254,8 @@ def test_skipped_chunks_cost_nothing(monkeypatch):
 
     some = lambda x: lp.logprob(x, Unembed(W.astype(np.float32)), TOKENS, MASK, chunk=B * V * 3).logp.sum()
     fused = lambda x: lp.linear_ce(x, Unembed(W.astype(np.float32)), TOKENS, MASK, chunk=B * V * 3).total
-    assert [count(some), count(jax.grad(some)), count(fused), count(jax.grad(fused))] == [3, 6, 3, 3]
+    summed = lambda x: lp.token_loss(x, Unembed(W.astype(np.float32)), TOKENS, MASK, (), lambda logp, h, _: logp, chunk=B * V * 3)[0]
+    assert [count(f) for f in (some, jax.grad(some), fused, jax.grad(fused), summed, jax.grad(summed))] == [3, 6, 3, 3, 3, 3]
 
 
 def test_garbage_under_the_mask_and_an_empty_mask():
