@@ -45,7 +45,7 @@ def frontier(w, world, c, prompts: int, each: int) -> list[dict]:
     """[{"beta", "gold", "kl", "ess"}] of the optimal policies whose effective sample size is at least 100."""
     sft = build.load_params(w, "sft", w.model.specs(), "frontier")
     records = [r for r, _ in rows.read(w.find("data/prompts_eval.jsonl"))][:prompts]
-    how = build.sampling(w, c.stages.ppo.sampling)
+    how = build.sampling(w, c.world.sampling)
     repeated = [r for r in records for _ in range(each)]
     got = policy.sample(w.model, sft, how, build.prompt_rows(w, repeated, 256), w.decode, nn.fold(jax.random.key(c.seed), "frontier"), w.mesh, score=False)
     gold = world.gold_rewards([r["prompt"] for r in repeated], got.completions).reshape(len(records), each)

@@ -27,6 +27,7 @@ def get_config(arg=None):
         "ranked": 3000 if full else 48,  # prompts whose samples are ranked, K = 4 ... 9 each
         "ranked_eval": 520 if full else 24,  # prompts with K = 7: 21 pairs each
         "samples": 512 if full else 32,  # evaluation samples of each policy
+        "sampling": {"max_new": 48},
     }
     c.order = ("pretrain", "sft", "reward", "ppo", "dpo")
     steps = lambda n, small: n if full else small

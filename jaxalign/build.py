@@ -106,19 +106,6 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def gathered(x: np.ndarray) -> np.ndarray:
-    """f32[n] of all processes together, the same everywhere."""
-    if jax.process_count() == 1:
-        return x
-    from jax.experimental import multihost_utils
-
-    rows = int(multihost_utils.process_allgather(np.array(len(x))).max())
-    padded = np.full(rows, np.nan, np.float32)
-    padded[: len(x)] = x
-    out = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1)
-    return out[~np.isnan(out)]
-
-
 def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
     if c.path:
         from jaxalign.models import hf
@@ -284,7 +271,7 @@ class Stage:
 
         source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False, kind="rankings")
         scores = np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, w.mesh)])
-        return rewards.normalise(params, gathered(scores))
+        return rewards.normalise(params, scores)
 
     def save(self, params: Tree) -> None:
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})

@@ -162,6 +162,15 @@ def to_local(x) -> np.ndarray:
     return np.concatenate([np.asarray(pieces[k]) for k in sorted(pieces)])
 
 
+def to_host(x) -> np.ndarray:
+    """The whole of an array, on every process."""
+    if getattr(x, "is_fully_addressable", True):
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def like(tx, params_sharding: Tree, abstract_state: Tree, mesh: Mesh) -> Tree:
     """Shardings of an optax state: moments take their parameter's, everything else is replicated.
 

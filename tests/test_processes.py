@@ -153,3 +153,25 @@ def test_an_error_in_one_process_ends_both(data, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 2, out
     assert out.count("reward function lame_reward returned nan for row") == 1 and not (tmp_path / "params").exists()
+
+
+def test_a_pipeline_in_two_processes(tmp_path):
+    """Sampling, labelling, normalising the rewards and evaluating see the rows of both, in their order."""
+    small = dict(pretrain=200, sft=60, sft_eval=8, prompts=20, prompts_eval=12)
+    flags = [f"--config.world.sizes.{k}={v}" for k, v in small.items()]
+    flags += ["--config.order=('sft', 'reward')", "--config.stages.sft.init=", "--config.tokenizer.kind=bytes", "--config.tokenizer.train_on=", "--config.model.vocab=0"]
+    flags += [f"--config.stages.{stage}.train.steps=2" for stage in ("sft", "reward")]
+    flags += ["--config.world.ranked=6", "--config.world.ranked_eval=6", "--config.world.samples=16", "--config.world.sampling.max_new=4", "--config.stages.sft.data.seq_len=256", "--config.model.max_len=256"]
+    results = []
+    for n in (1, 2):
+        done = runs.jaxalign("pipeline", f"--config={runs.ROOT}/configs/quickstart.py:smoke", f"--workdir={tmp_path}/{n}", f"--processes={n}", *flags, JAX_NUM_CPU_DEVICES="2" if n == 1 else "1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        rankings = [json.loads(line) for line in (tmp_path / str(n) / "data/rankings.jsonl").read_text().splitlines()]
+        results.append((rankings, json.loads((tmp_path / str(n) / "evaluation.json").read_text())))
+    (rankings, one), (others, two) = results
+    assert [r["prompt"] for r in rankings] == [r["prompt"] for r in others] != []
+    assert [r["completions"] for r in rankings] == [r["completions"] for r in others]
+    for name in ("reward", "policies"):
+        assert one[name].keys() == two[name].keys()
+    assert math.isclose(one["reward"]["accuracy"], two["reward"]["accuracy"], abs_tol=0.05)
+    assert math.isclose(one["policies"]["sft"]["gold"], two["policies"]["sft"]["gold"], rel_tol=1e-3)

@@ -126,7 +126,7 @@ def _policies(w, world, config, names: list[str], samples: int | None = None) ->
     prompts = [r for r, _ in rows.read(w.find("data/prompts_eval.jsonl"))]
     records = [prompts[i % len(prompts)] for i in range(n)]
     batch = min(256, -(-n // 8) * 8)
-    how = next(build.sampling(w, s.sampling) for s in build.stages(config).values() if "sampling" in s)
+    how = build.sampling(w, config.world.sampling)
     reference = build.load_params(w, "sft", w.model.specs(), "evaluation")
     got, gold = {}, {}
     for name in names:

@@ -131,14 +131,14 @@ def _label(w, world, config) -> None:
     from jaxalign.tasks.reviews import write_jsonl
 
     params = build.load_params(w, "sft", w.model.specs(), "label")
-    how = next(build.sampling(w, s.sampling) for s in build.stages(config).values() if "sampling" in s)
+    how = build.sampling(w, config.world.sampling)
     for split, file, count in (("eval", "prompts_eval.jsonl", config.world.ranked_eval), ("train", "prompts.jsonl", config.world.ranked)):
         prompts = [r for r, _ in rows.read(str(w.workdir / "data" / file))][:count]
         ks = [7] * len(prompts) if split == "eval" else world.candidates(len(prompts), config.seed)
         repeated = [p for p, k in zip(prompts, ks) for _ in range(k)]
         key = nn.fold(jax.random.key(config.seed), "label", split)
         got = policy.sample(w.model, params, how, build.prompt_rows(w, repeated, 256), w.decode, key, w.mesh, score=False)
-        texts = iter(_gathered(got.completions))
+        texts = iter(got.completions)
         # An empty completion, or one with control characters (byte tokens of a young model), is no answer that a person
         # could rank; it is left out, and so is a prompt left with one.
         groups = [[t for t in (next(texts) for _ in range(k)) if t.strip() and not rows.unclean(t)] for k in ks]
@@ -158,11 +158,3 @@ def _label(w, world, config) -> None:
                 os.replace(temp, w.workdir / "data" / f"{name}.jsonl")
     build.barrier("label")
 
-
-def _gathered(texts: list[str]) -> list[str]:
-    """All processes' texts, in the order of their rows."""
-    import jax
-
-    if jax.process_count() == 1:
-        return texts
-    raise UserError("labelling samples needs one process; run the stages before it with jaxalign train, and label in one process")

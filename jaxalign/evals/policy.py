@@ -16,9 +16,8 @@ from jaxalign.types import Model, ScalarModel, Tree
 
 
 class Samples(NamedTuple):
-    """One entry per prompt row of the source, in its order."""
+    """One entry per prompt row of the source, in its order; the same on every process."""
 
-    records: list[dict]
     completions: list[str]
     logp: np.ndarray  # f64[N]; of the whole completion, under the model that sampled, at temperature 1
     ref_logp: np.ndarray  # f64[N]; the same under the reference (equal to logp without one)
@@ -27,7 +26,7 @@ class Samples(NamedTuple):
 
 
 def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, key, mesh, *, reference: Tree | None = None, score: bool = True) -> Samples:
-    """One completion per row of `prompts` (give a record several times for several). This process's rows.
+    """One completion per row of `prompts` (give a record several times for several).
 
     score=False skips the log-probs (0 then): labelling does not need them.
     """
@@ -38,24 +37,22 @@ def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: 
             total = lambda p: token_logps(model, p, rollout).logp.sum(1)
             logp = total(params) if score else rollout.truncated * 0
             ref = total(reference) if score and reference is not None else logp
-            out = [shard.to_local(x) for x in (rollout.tokens, rollout.mask, rollout.truncated, logp, ref)]
-            real = np.asarray(batch.row) >= 0  # the last batch is filled up with empty rows
-            parts.append((batch.records, real, *out))
-    records = [r for p in parts for r, ok in zip(p[0], p[1]) if ok]
-    stack = lambda i: np.concatenate([p[i][p[1]] for p in parts])
-    texts = [decode(t[m > 0]) for p in parts for t, m, ok in zip(p[2], p[3], p[1]) if ok]
-    length = np.concatenate([p[3].sum(1)[p[1]] for p in parts]).astype(int)
-    return Samples(records, texts, stack(5).astype(float), stack(6).astype(float), length, stack(4) > 0)
+            real = shard.to_host(rollout.row) >= 0  # the last batch is filled up with empty rows
+            parts.append([shard.to_host(x)[real] for x in (rollout.tokens, rollout.mask, rollout.truncated, logp, ref)])
+    texts = [decode(t[m > 0]) for tokens, mask, *_ in parts for t, m in zip(tokens, mask)]
+    length, truncated, logp, ref = (np.concatenate(v) for v in zip(*((mask.sum(1), *rest) for _, mask, *rest in parts)))
+    return Samples(texts, logp.astype(float), ref.astype(float), length.astype(int), truncated > 0)
 
 
 def candidate_scores(model: ScalarModel, params: Tree, rankings: Offline, mesh) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rewards f32[K], ranks i32[K]) of every prompt of a rankings source: this process's rows."""
+    """(rewards f32[K], ranks i32[K]) of every prompt of a rankings source, the same on every process."""
     out = []
     with jax.set_mesh(mesh):
         for batch in eval_batches(rankings):
             b, k, t = batch.candidates.tokens.shape
             rows = shard.place(jax.tree.map(lambda a: a.reshape(b * k, t), batch.candidates), mesh)
-            scores = shard.to_local(model_scores(model, params, rows)).reshape(b, k)
-            out += [(s[v > 0], r[v > 0]) for s, r, v in zip(scores, batch.rank, batch.valid) if v.any()]
+            rank, valid = (shard.to_host(x) for x in shard.place((batch.rank, batch.valid), mesh))
+            scores = shard.to_host(model_scores(model, params, rows)).reshape(-1, k)
+            out += [(s[v > 0], r[v > 0]) for s, r, v in zip(scores, rank, valid) if v.any()]
     return out
 

@@ -301,7 +301,7 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     config["architectures"] = [family.HF["classifier" if reward else "causal"]]
     specs = model.specs()
     if reward:
-        bias = float(_host(params["head"]["bias"]))
+        bias = float(shard.to_host(params["head"]["bias"]))
         if bias and not drop_bias:
             raise UserError(f"the reward head has bias {bias:g}, and {config['architectures'][0]} has none; pass drop_bias=True to leave it out (scores shift, their order stays)")
         config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} | ({"jaxalign_score_bias": bias} if bias else {})
@@ -340,7 +340,7 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
         tensors, host = {}, (None, None)
         for path, name, index, transposed, _ in entries:
             if host[0] != path:
-                host = (path, _host(leaves[path]).astype(kinds[path]))
+                host = (path, shard.to_host(leaves[path]).astype(kinds[path]))
             value = host[1][index]
             tensors[name] = np.ascontiguousarray(value.T if transposed else value)  # safetensors writes the raw buffer
         if first:
@@ -355,14 +355,6 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     if tokenizer is not None:
         tokenizer.save(str(directory))
     _dump(directory / "config.json", config)
-
-
-def _host(x) -> np.ndarray:
-    if getattr(x, "is_fully_addressable", True):
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _dump(path: Path, content: dict):
