@@ -1,6 +1,6 @@
 """How well PPO and DPO align, beside the best that any policy could do at their KL. Three seeds, about twenty minutes:
 
-    python benchmarks/alignment.py --workdir=runs/alignment
+    python benchmarks/alignment.py --workdir=runs/alignment --write=docs/results.md
 
 Each seed is a run of configs/quickstart.py in a world of its own. Printed per seed: pretraining loss over the grammar's
 entropy, reward-model accuracy beside the gold reward's, and for both policies the gold reward, the sequence KL to SFT
@@ -21,6 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+
+from speed import write
 
 from jaxalign import build, report
 from jaxalign.cli import pipeline
@@ -62,6 +64,7 @@ def main():
     p.add_argument("--samples", type=int, default=2000, help="evaluation samples per policy")
     p.add_argument("--prompts", type=int, default=20)
     p.add_argument("--each", type=int, default=1024)
+    p.add_argument("--write", type=Path, help="put the table into this page, between its markers")
     a = p.parse_args()
     table = []
     for seed in range(a.first, a.first + a.seeds):
@@ -74,7 +77,7 @@ def main():
         (workdir / "evaluation.json").write_text(json.dumps(e, indent=1))
         report.write(workdir)
         table.append((seed, e))
-    print("\n| seed | loss / floor | reward acc. (gold) | policy | gold reward | KL | win rate [95 %] | optimum's gold at that KL |\n|---|---|---|---|---|---|---|---|")
+    out = ["| seed | loss / floor | reward acc. (gold) | policy | gold reward | KL | win rate [95 %] | optimum's gold at that KL |", "|---|---|---|---|---|---|---|---|"]
     for seed, e in table:
         f = sorted((x["kl"], x["gold"]) for x in e["frontier"]) or [(0.0, e["policies"]["sft"]["gold"])]
         for name in ("sft", "ppo", "dpo"):
@@ -82,7 +85,10 @@ def main():
             best = f"{np.interp(v['kl'], *zip((0.0, e['policies']['sft']['gold']), *f)):.2f}" if v["kl"] <= f[-1][0] else f"(known to {f[-1][0]:.1f} nats: {f[-1][1]:.2f})"
             win = f"{v['win_rate']:.3f} [{v['win_interval'][0]:.3f}, {v['win_interval'][1]:.3f}]" if "win_rate" in v else "–"
             head = f"{seed} | {e['pretrain']['ratio']:.4f} | {e['reward']['accuracy']:.3f} ({e['reward']['gold_accuracy']:.3f})" if name == "sft" else " | | "
-            print(f"| {head} | {name} | {v['gold']:.2f} | {v['kl']:.2f} | {win} | {best} |")
+            out.append(f"| {head} | {name} | {v['gold']:.2f} | {v['kl']:.2f} | {win} | {best} |")
+    print("\n" + "\n".join(out))
+    if a.write:
+        write(a.write, "\n".join(out), "alignment.py")
 
 
 if __name__ == "__main__":

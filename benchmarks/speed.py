@@ -41,7 +41,6 @@ ALL = [
 ]  # fmt: skip
 ALL_GPU = [(t, p, s) for s in ("0.5b", "1b") for t, p in (("sft", "raw"), ("sft", "compile"), ("sft", "trl"), ("dpo", "trl"), ("reward", "trl"), ("sample", "generate"), ("sample", "static"), ("ppo", "trl"))]  # fmt: skip
 COLUMNS = ("task", "size", "peer", "peer s", "ours s", "ours per s", "wall ratio", "cpu ratio", "peak MiB peer / ours", "first step s peer / ours", "same", "others")
-BEGIN, END = "<!-- speed.py begin -->", "<!-- speed.py end -->"
 
 
 def environment(a, which: str, w: Work | None = None) -> tuple[list[str], dict[str, str]]:
@@ -112,13 +111,14 @@ def about(a) -> str:
     return f"{datetime.date.today()}, {hardware}, Python {platform.python_version()}; jaxalign {commit}, " + ", ".join(f"{k} {x}" for k, x in v.items()) + ("; PPO against trl 1.10.0" if a.trl110 else "")
 
 
-def write(path: Path, text: str):
-    """Replace what stands between the markers, or append it with them."""
-    old = path.read_text() if path.exists() else "# Performance\n"
-    block = f"{BEGIN}\n{text}\n{END}"
-    if BEGIN in old:
-        head, rest = old.split(BEGIN, 1)
-        path.write_text(head + block + rest.split(END, 1)[1])
+def write(path: Path, text: str, by: str = "speed.py"):
+    """Replace what stands between the markers of a command, or append it with them."""
+    begin, end = f"<!-- {by} begin -->", f"<!-- {by} end -->"
+    old = path.read_text() if path.exists() else ""
+    block = f"{begin}\n{text}\n{end}"
+    if begin in old:
+        head, rest = old.split(begin, 1)
+        path.write_text(head + block + rest.split(end, 1)[1])
     else:
         path.write_text(f"{old.rstrip()}\n\n{block}\n")
 

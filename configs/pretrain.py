@@ -8,6 +8,7 @@ from jaxalign import build
 
 
 def get_config(arg=None):
+    build.preset(arg)
     c = build.base("pretrain", vocab=4096, dim=288, layers=6, heads=6, hidden=768)
     c.tokenizer.train_on = "corpus.txt"
     c.stage = build.stage(

@@ -10,7 +10,7 @@ from jaxalign import build
 
 
 def get_config(arg=None):
-    full = arg != "smoke"
+    full = not build.preset(arg, "smoke")
     shape = dict(dim=96, layers=3, heads=4, hidden=256) if full else dict(dim=64, layers=2, heads=2, hidden=172)
     c = build.base("quickstart", vocab=896, tied=False, max_len=128, **shape)
     c.tokenizer.train_on, c.tokenizer.kind = "data/pretrain.jsonl", "bpe"

@@ -12,7 +12,7 @@ from jaxalign import build
 def get_config(arg=None):
     c = build.base("reward", dim=256, layers=6, heads=8, hidden=688, vocab=0)
     c.stage = build.stage(
-        "reward_pairs" if arg == "pairs" else "reward",
+        "reward_pairs" if build.preset(arg, "pairs") else "reward",
         data=dict(path="rankings.jsonl", batch_size=8, max_len=512),
         train=dict(steps=500, save_every=100),
         optim=dict(lr=1e-5, warmup=10),

@@ -8,6 +8,7 @@ from jaxalign import build
 
 
 def get_config(arg=None):
+    build.preset(arg)
     c = build.base("sft", dim=256, layers=6, heads=8, hidden=688, vocab=0)
     c.stage = build.stage(
         "lm",

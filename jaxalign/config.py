@@ -76,6 +76,13 @@ def family(name: str) -> Any:
         raise UserError(f"model.family {name!r} is unknown ({e}); the families are {', '.join(FAMILIES)}, or give a module's import path") from None
 
 
+def preset(arg: str | None, *known: str) -> str:
+    """What stands behind the colon of `--config=FILE.py:ARG`: "" or one of `known`."""
+    if arg and arg not in known:
+        raise UserError(f"--config=...:{arg}: " + (f"there is no such preset;{nearest(arg, list(known))}" if known else "this config has no presets"))
+    return arg or ""
+
+
 def base(name: str, **model: Any) -> ConfigDict:
     """What every config shares. `model`: a family and the fields of its Config, or path=DIRECTORY of a checkpoint."""
     name_of_family = model.pop("family", "decoder")
@@ -154,9 +161,9 @@ def _known(c: ConfigDict, values: dict, where: str) -> dict:
 
 
 def nearest(key: str, known: list[str]) -> str:
-    """' did you mean ...? The keys are ...' for error messages."""
+    """' did you mean ...? There are ...' for error messages."""
     close = difflib.get_close_matches(key, known, 1)
-    return (f" did you mean {close[0]!r}?" if close else "") + f" The keys are {', '.join(sorted(known))}"
+    return (f" did you mean {close[0]!r}?" if close else "") + f" There are {', '.join(sorted(known))}"
 
 
 def imported(path: str) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 import shutil
@@ -61,11 +62,11 @@ def arguments(config: Path) -> list[str]:
 
 
 def test_every_config_says_how_to_run_it():
-    assert len(CONFIGS) == 6
+    assert len(CONFIGS) == 7
     for config in CONFIGS:
         [command] = documented(config)
-        assert command[1] == ("pipeline" if config.stem == "quickstart" else "train") and f"--config=configs/{config.name}" in command
-    assert [len(arguments(c)) for c in CONFIGS] == [3, 0, 0, 1, 1, 0]  # dpo, ppo, pretrain, quickstart, reward, sft
+        assert command[1] == ("pipeline" if config.stem in ("quickstart", "real") else "train") and f"--config=configs/{config.name}" in command
+    assert [len(arguments(c)) for c in CONFIGS] == [3, 0, 0, 1, 0, 1, 0]  # dpo, ppo, pretrain, quickstart, real, reward, sft
 
 
 @pytest.mark.parametrize("config", [f"{c.name}{a}" for c in CONFIGS for a in ("", *(f":{a}" for a in arguments(c)))])
@@ -135,6 +136,24 @@ def greedy(capsys, directory: Path) -> list[dict]:
     capsys.readouterr()
     run("sample", f"--run={directory}", "--prompt=soup:", "--prompt=tea:", "--temperature=0", "--max_new=6", "--json")
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_pipeline_on_files_of_ones_own(tmp_path):
+    """Without a world: figures on held-out files, and no target to hold them against."""
+    data = tmp_path / "run" / "data"
+    runs.write_data(data)
+    text = [json.loads(line)["text"] for line in (data / "text.jsonl").read_text().splitlines()]
+    (data / "pretrain.jsonl").write_text(json.dumps({"text": "\n".join(text + World(seed=0).texts(100, 0))}) + "\n")
+    for name in ("sft", "pairs"):
+        shutil.copy(data / f"{name}.jsonl", data / f"{name}_eval.jsonl")
+    shutil.copy(data / "pretrain.jsonl", data / "pretrain_eval.jsonl")
+    run("pipeline", f"--config={runs.ROOT}/configs/real.py:smoke", f"--workdir={tmp_path / 'run'}")
+    e = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert e["pretrain"]["perplexity"] == pytest.approx(math.exp(e["pretrain"]["nll"])) and 1 < e["sft"]["perplexity"] < 1000
+    assert e["reward"]["pairs"] == 40 and 0 <= e["reward"]["accuracy"] <= 1 and "policies" not in e
+    assert "eval/rewards/accuracies" in metrics(tmp_path / "run/dpo")[-1] and "objective/scores" in metrics(tmp_path / "run/ppo")[0]
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Held-out figures" in page and "targets" not in page.split("<nav>")[0].split("</style>")[1]
 
 
 def test_sample_and_the_way_to_hugging_face_and_back(road, capsys):
@@ -239,7 +258,8 @@ def test_a_bad_flag(flag, said, road, refused, tmp_path):
         (["train"], r"--config is missing"),
         (["train", "--config=nowhere.py", "--workdir=w"], r"--config=nowhere\.py: No such file.*relative to"),
         (["train", f"--config={runs.ROOT}/configs/quickstart.py", "--workdir=w"], r"has the stages pretrain, sft, reward, ppo, dpo: say which"),
-        (["train", f"--config={runs.ROOT}/configs/dpo.py:idpo", "--workdir=w"], r"idpo"),
+        (["train", f"--config={runs.ROOT}/configs/dpo.py:idpo", "--workdir=w"], r"idpo: there is no such preset; did you mean 'ipo'"),
+        (["train", f"--config={runs.ROOT}/configs/sft.py:fast", "--workdir=w"], r"fast: this config has no presets"),
         (["pipeline", f"--config={runs.ROOT}/configs/sft.py", "--workdir=w"], r"one stage: run it with jaxalign train"),
         (["eval", f"--config={runs.ROOT}/configs/quickstart.py:smoke", "--workdir=w"], r"."),
         (["sample", "--prompt=x"], r"--run is missing"),

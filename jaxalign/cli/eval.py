@@ -52,7 +52,7 @@ def evaluate(w, world, config, verbose: bool = True) -> dict:
 
 
 def _language(w, world, c, name: str) -> dict:
-    """Loss per predicted token on whole held-out documents, one per row, and the world's own on the same texts."""
+    """Loss per predicted token on held-out text; in a world on whole documents, one per row, beside its own on the same."""
     import jax
 
     from jaxalign import build
@@ -61,12 +61,13 @@ def _language(w, world, c, name: str) -> dict:
     from jaxalign.train import state
 
     params = build.load_params(w, str(w.stage_dir(name).absolute()), w.model.specs(), name)
-    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, packing="pad", too_long="error")
+    whole = dict(packing="pad", too_long="error") if world is not None else {}  # the floor is that of whole documents
+    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, **whole)
     metrics = build.evaluation(lm.lm(w.model), w.mesh, {}, source)
     empty = state.TrainState(0, params, (), (), jax.random.key(0))
     with jax.set_mesh(w.mesh):
         got = metrics(empty, counts=True)
-    out = {"nll": got["nll"], "tokens": int(got["tokens"]), "accuracy": got["mean_token_accuracy"]}
+    out = {"nll": got["nll"], "perplexity": math.exp(got["nll"]), "tokens": int(got["tokens"]), "accuracy": got["mean_token_accuracy"]}
     if world is not None:
         records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
         logs = [world.log_prob(r["text"]) if "text" in r else world.demonstration_log_prob(r["prompt"], r["completion"]) for r in records]
@@ -85,7 +86,7 @@ def _reward(w, world, c, name: str) -> dict:
 
     scalar = heads.Scalar(w.model)
     params = build.load_params(w, str(w.stage_dir(name).absolute()), scalar.specs(), name)
-    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False)
+    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, kind="rankings")
     margins, groups = [], []
     for i, (scores, ranks) in enumerate(policy.candidate_scores(scalar, params, source, w.mesh)):
         better = ranks[:, None] < ranks[None, :]

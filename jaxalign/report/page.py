@@ -84,7 +84,7 @@ def verdict(evaluation: Any) -> Html:
     kind, words = {True: "pass", False: "fail", None: "unknown"}, {True: "✓ met", False: "✗ missed", None: "? unknown"}
     lines = [
         tag(
-            "tr", tag("td", words[r.passed], class_="mark"), tag("td", r.what, tag("small", r.detail) if r.detail else None),
+            "tr", tag("td", words[r.passed] if r.target else "", class_="mark"), tag("td", r.what, tag("small", r.detail) if r.detail else None),
             tag("td", r.value, class_="n"), tag("td", r.target, class_="n"), class_=kind[r.passed],
         )
         for r in rows

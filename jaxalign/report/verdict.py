@@ -21,7 +21,8 @@ class Verdict(NamedTuple):
 
 
 def verdicts(evaluation: Any) -> list[Verdict]:
-    """One row per target. Missing figures give rows that say so; NaN passes nothing."""
+    """One row per target. Missing figures give rows that say so; NaN passes nothing. Without a world that knows the truth
+    there are no targets, only figures."""
 
     def get(*keys):
         return number(dig(evaluation, *keys))
@@ -32,6 +33,8 @@ def verdicts(evaluation: Any) -> list[Verdict]:
         target = f"{sign} {round(limit, 4):g}{unit}" if limit is not None else "unknown"
         return Verdict(what, "not measured" if value is None else show(value, digits) + unit, target, detail, passed)
 
+    if isinstance(evaluation, dict) and "policies" not in evaluation and any(number(dig(e, "nll")) is not None and dig(e, "floor") is None for e in evaluation.values()):
+        return _figures(evaluation)
     nll, floor, ratio = get("pretrain", "nll"), get("pretrain", "floor"), get("pretrain", "ratio")
     if ratio is None and nll is not None and floor:
         ratio = nll / floor
@@ -53,6 +56,19 @@ def verdicts(evaluation: Any) -> list[Verdict]:
     return out
 
 
+def _figures(evaluation: dict) -> list[Verdict]:
+    known = {"perplexity": ("held-out perplexity", "per token"), "accuracy": ("held-out accuracy", "of pairs")}
+    out = []
+    for name, e in evaluation.items():
+        key = next((k for k in known if number(dig(e, k)) is not None), None)
+        if key:
+            what, unit = known[key]
+            out.append(Verdict(f"{name}: {what}", show(number(e[key]), 3), "", " · ".join(x for x in (unit, interval(dig(e, "interval"))) if x), None))
+    seconds, memory = number(dig(evaluation, "seconds", "total")), number(evaluation.get("peak_rss_mib"))
+    out += [Verdict("Wall clock", f"{show(seconds, 3)} s", "", "", None)] if seconds is not None else []
+    return out + ([Verdict("Peak memory", f"{show(memory, 4)} MiB", "", "", None)] if memory is not None else [])
+
+
 def interval(x: Any) -> str:
     ends = [number(v) for v in x] if isinstance(x, (list, tuple)) else []
     return f"95% interval {show(ends[0], 3)} to {show(ends[1], 3)}" if len(ends) == 2 and None not in ends else ""
@@ -60,6 +76,8 @@ def interval(x: Any) -> str:
 
 def headline(rows: list[Verdict]) -> tuple[str, bool | None]:
     """(a sentence, passed): True only if all is measured and met."""
+    if rows and not any(r.target for r in rows):
+        return "Held-out figures", None
     missed, unknown = sum(r.passed is False for r in rows), sum(r.passed is None for r in rows)
     if unknown == len(rows):
         return "Nothing has been evaluated yet", None
@@ -73,5 +91,5 @@ def console(evaluation: Any) -> str:
     rows = verdicts(evaluation)
     marks = {True: "pass", False: "FAIL", None: "  ? "}
     width = [max(len(r[i]) for r in rows) for i in range(3)]
-    lines = [f"{marks[r.passed]}  {r.what:<{width[0]}}  {r.value:>{width[1]}}  {r.target:<{width[2]}}  {r.detail}".rstrip() for r in rows]
+    lines = [f"{marks[r.passed] if r.target else '    '}  {r.what:<{width[0]}}  {r.value:>{width[1]}}  {r.target:<{width[2]}}  {r.detail}".rstrip() for r in rows]
     return "\n".join([*lines, headline(rows)[0]])

@@ -100,6 +100,24 @@ def test_prompts():
     assert all("test" in r for r in source.next().records)
 
 
+def test_the_split_of_the_real_road(tmp_path, monkeypatch):
+    """`benchmarks/real.py`: nothing that is held out is trained on, and no row is lost but the ten that are unusable."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "benchmarks")
+    import real
+
+    counts = real.prepare(DATA, tmp_path)
+    rows = {k: [json.loads(line) for line in (tmp_path / f"{k}.jsonl").read_text("utf-8").splitlines()] for k in counts}
+    assert counts == {k: len(v) for k, v in rows.items()}
+    assert counts["sft"] + counts["sft_eval"] == 897 and counts["pairs"] + counts["pairs_eval"] == 1831
+    said = lambda record: json.dumps([m.content for m in formats.canonical(record).prompt])
+    train, held = ({said(r) for r in rows[k]} for k in ("pairs", "pairs_eval"))
+    assert len(held) > 150 and not train & held and {said(r) for r in rows["prompts"]} == train
+    asked = [{r["messages"][0]["content"] for r in rows[k]} for k in ("sft", "sft_eval")]
+    assert not asked[0] & asked[1]
+    whole, end = (sum(len(r["text"]) for r in rows[k]) for k in ("pretrain", "pretrain_eval"))
+    assert 0.04 < end / (whole + end) < 0.06 and counts["pretrain"] == 6
+
+
 def test_published_vocabularies_agree_with_the_reference():
     expected = json.loads((DATA / "tokenizers/expected_ids.json").read_text())
     for name, exact in [("mistral_v1/tokenizer.model", True), ("sentencepiece_unigram/test_model.model", False)]:
