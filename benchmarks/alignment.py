@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
 
 from speed import write
 
-from jaxalign import build, report
 from jaxalign.cli import pipeline
-from jaxalign.data import rows
-from jaxalign.evals import policy, stats
-from jaxalign.ops import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-BETAS = (4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2)
 
 
 def config(name: str, arg: str | None, seed: int):
@@ -41,18 +34,6 @@ def config(name: str, arg: str | None, seed: int):
     c = module.get_config(arg)
     c.seed = seed
     return c
-
-
-def frontier(w, world, c, prompts: int, each: int) -> list[dict]:
-    """[{"beta", "gold", "kl", "ess"}] of the optimal policies whose effective sample size is at least 100."""
-    sft = build.load_params(w, "sft", w.model.specs(), "frontier")
-    records = [r for r, _ in rows.read(w.find("data/prompts_eval.jsonl"))][:prompts]
-    how = build.sampling(w, c.world.sampling)
-    repeated = [r for r in records for _ in range(each)]
-    got = policy.sample(w.model, sft, how, build.prompt_rows(w, repeated, 256), w.decode, nn.fold(jax.random.key(c.seed), "frontier"), w.mesh, score=False)
-    gold = world.gold_rewards([r["prompt"] for r in repeated], got.completions).reshape(len(records), each)
-    points = [(b, stats.tilted(gold, b)) for b in BETAS]
-    return [{"beta": b, "gold": t.reward, "kl": t.kl, "ess": t.ess} for b, t in points if t.ess >= 100]
 
 
 def main():
@@ -70,12 +51,9 @@ def main():
     for seed in range(a.first, a.first + a.seeds):
         c = config("quickstart.py", a.preset or None, seed)
         c.world.samples = a.samples
+        c.world.frontier.update(prompts=a.prompts, each=a.each)
         workdir = Path(a.workdir).absolute() / f"seed-{seed}"
         e = pipeline.run(c, workdir)
-        world = build.imported(c.world.name)(seed=seed)
-        e["frontier"] = frontier(build.world(c, workdir), world, c, a.prompts, a.each)
-        (workdir / "evaluation.json").write_text(json.dumps(e, indent=1))
-        report.write(workdir)
         table.append((seed, e))
     out = ["| seed | loss / floor | reward acc. (gold) | policy | gold reward | KL | win rate [95 %] | optimum's gold at that KL |", "|---|---|---|---|---|---|---|---|"]
     for seed, e in table:

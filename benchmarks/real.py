@@ -33,7 +33,6 @@ from speed import write
 from jaxalign import build, report
 from jaxalign.cli import pipeline
 from jaxalign.data import formats
-from jaxalign.evals import stats
 from jaxalign.objectives import lm
 from jaxalign.report import charts, style
 from jaxalign.tasks.reviews import write_jsonl
@@ -127,7 +126,8 @@ def page(workdir: Path, counts: dict, e: dict, ppl: dict, w, images: str) -> str
     picks = [collected[i] for i in sorted({round(x) for x in np.linspace(0, len(collected) - 1, 9)})]
     mean = lambda rows, k: float(np.mean([r[k] for r in rows]))
     scores = np.array([r["objective/scores"] for r in collected])
-    ends = stats.bootstrap(np.concatenate([scores[-8:] - scores[:8].mean()]), np.arange(8)) if len(scores) >= 16 else (math.nan, math.nan)
+    gain = scores[-8:].mean() - scores[:8].mean()
+    error = 1.96 * math.sqrt((scores[-8:].var(ddof=1) + scores[:8].var(ddof=1)) / 8) if len(scores) >= 16 else math.nan
     return "\n\n".join(
         [
             f"{datetime.date.today()}, {os.cpu_count()} CPU cores, jax {jax.__version__}, seed {w.config.seed}: a llama-shaped decoder of {n / 1e6:.1f} M parameters "
@@ -151,7 +151,7 @@ def page(workdir: Path, counts: dict, e: dict, ppl: dict, w, images: str) -> str
                 ["step", "reward", "KL to SFT, nats", "entropy per answer", "tokens", "unfinished"],
                 [[r["step"], f"{r['objective/scores']:.3f}", f"{r['objective/kl']:.2f}", f"{r['objective/entropy']:.0f}", f"{r['completions/mean_length']:.1f}", f"{r['completions/truncated_frac']:.0%}"] for r in picks],
             ),
-            f"Mean reward of the last eight batches of prompts over that of the first eight: {scores[-8:].mean() - scores[:8].mean():+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}] "
+            f"Mean reward of the last eight batches of prompts over that of the first eight: {gain:+.3f} ± {error:.3f} (95 %, over batches) "
             "(reward-model units: 0 and 1 are mean and standard deviation over the training pairs' answers).",
             "## Curves",
             "\n".join(f"![{title}]({images}/{file}.svg)" for file, title, *_ in CURVES),

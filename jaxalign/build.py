@@ -22,6 +22,7 @@ from jaxalign.data.templates import TEMPLATES, Template, stop_ids
 from jaxalign.models import heads
 from jaxalign.objectives import ppo
 from jaxalign.ops import nn
+from jaxalign.ops.advantage import KL_ESTIMATORS
 from jaxalign.rl import experience, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.reference import WithReference
@@ -70,10 +71,14 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
     if config.tokenizer.template not in TEMPLATES:
         raise UserError(f"tokenizer.template {config.tokenizer.template!r} is unknown;{nearest(config.tokenizer.template, list(TEMPLATES))}")
     template = TEMPLATES[config.tokenizer.template]
-    mesh = shard.make_mesh({k: int(v) for k, v in config.mesh.items()})
+    mesh = _mesh(config)
     tokenizer = _tokenizer(config, Path(workdir), template)
     rules = dict(config.rules)
     return World(config, Path(workdir), mesh, rules, tokenizer, template, _model(config.model, tokenizer))
+
+
+def _mesh(config: ConfigDict):
+    return shard.make_mesh({k: int(v) for k, v in config.mesh.items()})
 
 
 def _tokenizer(config: ConfigDict, workdir: Path, template: Template) -> toks.Tokenizer:
@@ -82,21 +87,25 @@ def _tokenizer(config: ConfigDict, workdir: Path, template: Template) -> toks.To
         inside = workdir / c.path
         return toks.load(str(inside) if inside.exists() else c.path)
     own = workdir / "tokenizer" / "tokenizer.model"
-    if own.exists():
-        return toks.load(str(own))
     if c.train_on:
-        inside = workdir / c.train_on
-        rows = read(str(inside) if inside.exists() else c.train_on)
-        texts = (str(r["text"]) if isinstance(r, dict) else str(r) for r, _ in rows)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not own.exists():  # the others ask nothing of the disk before the barrier
+            paths = [str(workdir / p if (workdir / p).exists() else p) for p in c.train_on.split(",")]
+            texts = (_text(r, where) for r, where in read(paths))
             temp = own.with_suffix(f".{os.getpid()}.tmp")
             toks.train_sentencepiece(texts, str(temp), config.model.vocab, c.kind, specials=template.specials)
             os.replace(temp, own)
         barrier("tokenizer")
+    if own.exists():
         return toks.load(str(own))
     if config.model.path:
         return toks.load(config.model.path)
     return toks.Bytes()
+
+
+def _text(record: dict, where: str) -> str:
+    if not isinstance(record.get("text"), str):
+        raise UserError(f"{where}: tokenizer.train_on wants rows with a \"text\", this one has {sorted(record)}; name a .txt file or JSONL of texts")
+    return record["text"]
 
 
 def barrier(name: str) -> None:
@@ -151,9 +160,19 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     rows = read(
         paths, on_bad_row="skip" if skip else "error", quarantine=aside and str(aside), text_split=c.get("text_split", "blank"), max_bad_fraction=c.get("max_bad_fraction", 0.01)
     )  # fmt: skip
-    return make[kind](
+    source = make[kind](
         rows, w.tokenizer, batch_size=batch, seed=seed, template=w.template, shuffle=shuffle, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, format=form or None, **options, **more
     )  # fmt: skip
+    longest = source.report()["max_length"]
+    check_length(w, min(longest, options.get("seq_len") or longest), path)
+    return source
+
+
+def check_length(w: World, length: int, what: str) -> None:
+    """Refuses what is longer than a model with learned positions can read."""
+    limit = getattr(w.model, "positions", None)
+    if limit is not None and length > limit:
+        raise UserError(f"{what}: {length} tokens, and the model has {limit} positions (model.max_len); shorten the rows (data.max_len, data.seq_len, sampling.max_new) or take a longer model")
 
 
 def trained(run: str) -> tuple[World, str, Tree]:
@@ -187,7 +206,9 @@ def sampling(w: World, c: ConfigDict, **over) -> Sampling:
 
 
 def prompt_rows(w: World, rows, batch: int) -> sources.Offline:
-    """Prompts (records, or `read(path)`) in their own order, for sampling and evaluation."""
+    """Prompts (records, or `read(path)`) in their own order, for sampling and evaluation, `batch` or a few more at a time."""
+    shards = shard.batch_shards(w.mesh)
+    batch = -(-batch // shards) * shards
     return sources.prompts_source(
         rows, w.tokenizer, batch_size=batch, seed=0, template=w.template, shuffle=False, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, max_prompt_len=None
     )  # fmt: skip
@@ -269,7 +290,7 @@ class Stage:
             return params
         from jaxalign.evals import policy
 
-        source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False, kind="rankings")
+        source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False)
         scores = np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, w.mesh)])
         return rewards.normalise(params, scores)
 
@@ -284,16 +305,38 @@ def _settings(config: ConfigDict, c: ConfigDict) -> dict:
     return {**out, "train": {"steps": c.train.steps}, "model": plain(config.model), "seed": config.seed}
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses, before any stage runs, what one of them could never do: values out of range, batches that do not divide."""
+    check_finite(config)
+    mesh = _mesh(config)
+    for name, c in stages(config).items():
+        check_stage(mesh, name, c)
+
+
+def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
+    """(optimizer settings, loop settings) of one stage, or what is wrong with it."""
+    batch, shards = c.data.batch_size, shard.batch_shards(mesh)
+    parts = c.rl.minibatches if "rl" in c else 1
+    if min(batch, c.data.accumulate, parts) < 1 or batch % (parts * c.data.accumulate * shards):
+        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else ""))
+    try:
+        if "rl" in c:
+            Sampling(**plain(c.sampling)), KL(c.rl.beta, c.rl.target, c.rl.horizon)
+            if c.rl.epochs < 1 or c.rl.kl_estimator not in KL_ESTIMATORS:
+                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, and rl.kl_estimator {c.rl.kl_estimator!r} one of {', '.join(KL_ESTIMATORS)}")
+        return optim.Optim(**plain(c.optim)), run.Loop(**plain(c.train))
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
+
+
 def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     """Everything read, checked and loaded; nothing trained."""
+    o, loop = check_stage(w.mesh, name, c)
     c = ConfigDict(c)
     c.init = c.init or w.config.model.path
     kind, seed, batch = c.objective.name, w.config.seed, c.data.batch_size
     maker, _ = OBJECTIVES.get(kind) or (imported(kind), None)
     options = {k: v for k, v in plain(c.objective).items() if k != "name"}
-    if min(batch, c.data.accumulate) < 1 or batch % (c.data.accumulate * shard.batch_shards(w.mesh)):
-        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp {shard.batch_shards(w.mesh)}")
-    o, loop = optim.Optim(**plain(c.optim)), run.Loop(**plain(c.train))
     key = nn.fold(jax.random.key(seed), "init", name)
     trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules)
@@ -353,8 +396,7 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, d
         raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
     objective = ppo.ppo(model, value, **{**options, "temperature": c.sampling.temperature or 1.0})
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
-    if c.data.batch_size % (rl.minibatches * c.data.accumulate * shard.batch_shards(w.mesh)):
-        raise UserError(f"{name}: data.batch_size {c.data.batch_size} must be a multiple of rl.minibatches {rl.minibatches} x accumulate x data x fsdp")
+    check_length(w, prompts.report()["max_length"] + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
     mix = None
     if options["ptx_coef"]:
         mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")

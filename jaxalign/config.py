@@ -86,6 +86,10 @@ def preset(arg: str | None, *known: str) -> str:
 def base(name: str, **model: Any) -> ConfigDict:
     """What every config shares. `model`: a family and the fields of its Config, or path=DIRECTORY of a checkpoint."""
     name_of_family = model.pop("family", "decoder")
+    known = [f.name for f in dataclasses.fields(family(name_of_family).Config)]
+    for k in model:
+        if k not in ("path", *known):
+            raise UserError(f"model.{k} is unknown;{nearest(k, known)}")
     shape = {f.name: 0 for f in dataclasses.fields(family(name_of_family).Config) if f.default is dataclasses.MISSING}
     return ConfigDict(
         {
@@ -145,11 +149,12 @@ def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
         }
         c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
     c = ConfigDict(c).lock()
+    _known(c, sections, "stage")
     for name, values in sections.items():
         if isinstance(values, dict):
             c[name].update(_known(c[name], values, name))
         else:
-            c.update(_known(c, {name: values}, "stage"))
+            c.update({name: values})
     return c
 
 

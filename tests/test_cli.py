@@ -151,9 +151,55 @@ def test_a_pipeline_on_files_of_ones_own(tmp_path):
     e = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert e["pretrain"]["perplexity"] == pytest.approx(math.exp(e["pretrain"]["nll"])) and 1 < e["sft"]["perplexity"] < 1000
     assert e["reward"]["pairs"] == 40 and 0 <= e["reward"]["accuracy"] <= 1 and "policies" not in e
+    assert e["dpo"]["rewards/accuracies"] == pytest.approx(metrics(tmp_path / "run/dpo")[-1]["eval/rewards/accuracies"]) and e["world"] is None
     assert "eval/rewards/accuracies" in metrics(tmp_path / "run/dpo")[-1] and "objective/scores" in metrics(tmp_path / "run/ppo")[0]
     page = (tmp_path / "run/report.html").read_text()
     assert "Held-out figures" in page and "targets" not in page.split("<nav>")[0].split("</style>")[1]
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--config.stages.dpo.optim.lr=-1", r"dpo: .*lr"),
+        ("--config.stages.dpo.optim.lr=nan", r"stages\.dpo\.optim\.lr must be finite"),
+        ("--config.stages.ppo.rl.minibatches=0", r"ppo: data\.batch_size"),
+        ("--config.stages.ppo.rl.kl_estimator=k4", r"ppo: .*k4.* one of k1, k2, k3, abs"),
+        ("--config.stages.ppo.sampling.top_p=0", r"ppo: sampling needs .*top_p"),
+    ],
+)
+def test_the_last_stage_is_checked_before_the_first_runs(flag, said, refused, tmp_path):
+    text = refused("pipeline", f"--config={runs.ROOT}/configs/quickstart.py:smoke", f"--workdir={tmp_path / 'run'}", flag)
+    assert re.search(said, text), text
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "run.lock"]
+
+
+def test_longer_than_the_positions_of_gpt2(refused, tmp_path):
+    """RoPE reads on; a table of positions would silently repeat its last row."""
+    runs.write_data(tmp_path)
+    c = tmp_path / "c.py"
+    c.write_text(f"""
+import sys
+sys.path.insert(0, {str(runs.ROOT / "tests")!r})
+from jaxalign import build
+def get_config(arg=None):
+    c = build.base("short", family="gpt2", vocab=0, dim=16, layers=1, heads=2, hidden=32, max_len=8)
+    c.stage = build.stage("lm", data=dict(path="{tmp_path}/text.jsonl", batch_size=4, seq_len=32), train=dict(steps=1))
+    return c
+""")
+    text = refused("train", f"--config={c}", f"--workdir={tmp_path / 'run'}")
+    assert re.search(r"text\.jsonl: \d+ tokens, and the model has 8 positions", text), text
+
+
+def test_a_tokenizer_wants_texts(refused, tmp_path):
+    runs.write_data(tmp_path)
+    text = refused("train", f"--config={runs.ROOT}/configs/sft.py", f"--workdir={tmp_path / 'run'}", f"--config.stage.data.path={tmp_path}/sft.jsonl", f"--config.tokenizer.train_on={tmp_path}/sft.jsonl", "--config.model.vocab=400")
+    assert re.search(r"sft\.jsonl:1: tokenizer\.train_on wants rows with a \"text\"", text), text
+
+
+def test_an_unknown_model_field(refused, tmp_path):
+    (tmp_path / "c.py").write_text("from jaxalign import build\ndef get_config(arg=None):\n    return build.base('x', dims=256)\n")
+    for flag in (["--config=" + str(tmp_path / "c.py")], ["--config", str(tmp_path / "c.py")]):
+        assert re.search(r"model\.dims is unknown; did you mean 'dim'", refused("train", *flag, f"--workdir={tmp_path / 'run'}"))
 
 
 def test_sample_and_the_way_to_hugging_face_and_back(road, capsys):

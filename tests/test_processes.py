@@ -173,5 +173,6 @@ def test_a_pipeline_in_two_processes(tmp_path):
     assert [r["completions"] for r in rankings] == [r["completions"] for r in others]
     for name in ("reward", "policies"):
         assert one[name].keys() == two[name].keys()
+    assert [one["reward"][k] for k in ("pairs", "prompts")] == [two["reward"][k] for k in ("pairs", "prompts")]
     assert math.isclose(one["reward"]["accuracy"], two["reward"]["accuracy"], abs_tol=0.05)
     assert math.isclose(one["policies"]["sft"]["gold"], two["policies"]["sft"]["gold"], rel_tol=1e-3)

@@ -28,14 +28,18 @@ def main(fv, rest):
     if fv.samples and world is not None:
         with config.unlocked():
             config.world.samples = fv.samples
-    print(json.dumps(evaluate(w, world, config, verbose=False), indent=1))
+    out = evaluate(w, world, config)
+    import jax
+
+    if jax.process_index() == 0:
+        print(json.dumps(out, indent=1))
 
 
-def evaluate(w, world, config, verbose: bool = True) -> dict:
-    """{"pretrain", "sft", "reward", "policies"}: each part that the run directory holds."""
+def evaluate(w, world, config) -> dict:
+    """{"world", stage: held-out figures}, and "policies" and "frontier" in a world: of what the run directory holds."""
     from jaxalign import build
 
-    out: dict = {}
+    out: dict = {"world": config.world.name if world is not None else None}
     stages = build.stages(config)
     done = [n for n in stages if (w.stage_dir(n) / "params" / "manifest.json").exists()]
     if not done:
@@ -46,9 +50,27 @@ def evaluate(w, world, config, verbose: bool = True) -> dict:
             out[name] = _language(w, world, stages[name], name)
         elif kind in build.REWARDS and stages[name].data.eval_path:
             out[name] = _reward(w, world, stages[name], name)
+        elif stages[name].data.get("eval_path"):
+            out[name] = _objective(w, stages[name], name)
     if world is not None and "sft" in done:
         out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.REWARDS and n != "pretrain"])
+        out["frontier"] = frontier(w, world, config)
+    if len(out) == 1:
+        raise UserError(f"nothing to evaluate: set data.eval_path of {' or '.join(done)} to a file of held-out rows")
     return out
+
+
+def _objective(w, c, name: str) -> dict:
+    """A stage's own metrics on its held-out rows."""
+    import jax
+
+    from jaxalign import build
+    from jaxalign.train import state
+
+    s = build.make_stage(w, name, c, w.stage_dir(name))
+    params = build.load_params(w, str(w.stage_dir(name).absolute()), s.model.specs(), name)
+    with jax.set_mesh(w.mesh):
+        return s.evaluate(state.TrainState(0, params, s.objective.init_aux(params) if s.objective.init_aux else (), (), jax.random.key(0)))
 
 
 def _language(w, world, c, name: str) -> dict:
@@ -86,7 +108,7 @@ def _reward(w, world, c, name: str) -> dict:
 
     scalar = heads.Scalar(w.model)
     params = build.load_params(w, str(w.stage_dir(name).absolute()), scalar.specs(), name)
-    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, kind="rankings")
+    source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False)
     margins, groups = [], []
     for i, (scores, ranks) in enumerate(policy.candidate_scores(scalar, params, source, w.mesh)):
         better = ranks[:, None] < ranks[None, :]
@@ -114,7 +136,31 @@ def _reward(w, world, c, name: str) -> dict:
     return out
 
 
-def _policies(w, world, config, names: list[str], samples: int | None = None) -> dict:
+BETAS = (8.0, 4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2)
+
+
+def frontier(w, world, config) -> list[dict]:
+    """[{"beta", "gold", "kl", "ess"}] of the policies that none can beat, pi* ~ pi_sft exp(gold / beta), from SFT samples of
+    held-out prompts (`world.frontier`: how many prompts, and samples of each), as far as the effective sample size
+    averages 100 or more per prompt."""
+    import jax
+
+    from jaxalign import build
+    from jaxalign.data import rows
+    from jaxalign.evals import policy, stats
+    from jaxalign.ops import nn
+
+    sft = build.load_params(w, "sft", w.model.specs(), "frontier")
+    records = [r for r, _ in rows.read(w.find("data/prompts_eval.jsonl"))][: config.world.frontier.prompts]
+    repeated = [r for r in records for _ in range(config.world.frontier.each)]
+    key = nn.fold(jax.random.key(config.seed), "frontier")
+    got = policy.sample(w.model, sft, build.sampling(w, config.world.sampling), build.prompt_rows(w, repeated, 256), w.decode, key, w.mesh, score=False)
+    gold = world.gold_rewards([r["prompt"] for r in repeated], got.completions).reshape(len(records), -1)
+    points = [(b, stats.tilted(gold, b)) for b in BETAS]
+    return [{"beta": b, "gold": t.reward, "kl": t.kl, "ess": t.ess} for b, t in points if t.ess >= 100]
+
+
+def _policies(w, world, config, names: list[str]) -> dict:
     """Gold reward, KL to SFT and win rate against SFT's samples of the same held-out prompts."""
     import jax
 
@@ -123,7 +169,7 @@ def _policies(w, world, config, names: list[str], samples: int | None = None) ->
     from jaxalign.evals import policy, stats
     from jaxalign.ops import nn
 
-    n = samples or config.world.samples
+    n = config.world.samples
     prompts = [r for r, _ in rows.read(w.find("data/prompts_eval.jsonl"))]
     records = [prompts[i % len(prompts)] for i in range(n)]
     batch = min(256, -(-n // 8) * 8)

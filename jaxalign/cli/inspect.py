@@ -37,7 +37,7 @@ def main(fv, rest):
     for name, c in stages.items():
         if fv.stage in (None, name):
             print(f"\n{name}: {c.objective.name}, {c.data.kind} from {c.data.path}")
-            if not Path(w.find(c.data.path)).exists():
+            if "world" in config and not Path(w.find(c.data.path)).exists():
                 print("  (not written yet: an earlier part of the pipeline makes it)")
                 continue
             source = build.data_source(w, c.data, c.data.path, c.data.batch_size, config.seed)

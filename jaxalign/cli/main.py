@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 
 from absl import flags
@@ -59,7 +60,7 @@ def parse(fv: flags.FlagValues, argv: list[str]) -> list[str]:
 
 
 def _path(argv: list[str]) -> str:
-    return next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
+    return next((a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""]) if re.fullmatch("--?config(=.*)?", a)), "")
 
 
 def _explain(e: Exception, fv: flags.FlagValues, argv: list[str]) -> str:

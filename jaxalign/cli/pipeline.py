@@ -39,6 +39,7 @@ def run(config, workdir: Path) -> dict:
     from jaxalign import build, report
     from jaxalign.cli import eval as evaluation_verb
 
+    build.check(config)
     clock = Clock(workdir)
     world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
     if world is not None:
@@ -53,7 +54,8 @@ def run(config, workdir: Path) -> dict:
             with clock("label"):
                 _label(w, world, config)
         if (workdir / name / "params" / "manifest.json").exists():
-            print(f"{name}: already done")
+            if jax.process_index() == 0:
+                print(f"{name}: already done")
             continue
         with clock(name):
             s = build.make_stage(w, name, c, workdir / name)
@@ -106,14 +108,13 @@ def _write_data(world, config, workdir: Path) -> None:
     from jaxalign import build
 
     sizes = dict(config.world.sizes)
-    if not all((workdir / "data" / f"{n}.jsonl").exists() for n in sizes):
-        if jax.process_index() == 0:
-            world.write_all(workdir / "data.tmp", sizes, config.seed)
-            (workdir / "data").mkdir(parents=True, exist_ok=True)
-            for f in (workdir / "data.tmp").iterdir():
-                os.replace(f, workdir / "data" / f.name)
-            (workdir / "data.tmp").rmdir()
-        build.barrier("data")
+    if jax.process_index() == 0 and not all((workdir / "data" / f"{n}.jsonl").exists() for n in sizes):
+        world.write_all(workdir / "data.tmp", sizes, config.seed)
+        (workdir / "data").mkdir(parents=True, exist_ok=True)
+        for f in (workdir / "data.tmp").iterdir():
+            os.replace(f, workdir / "data" / f.name)
+        (workdir / "data.tmp").rmdir()
+    build.barrier("data")
 
 
 LABELLED = ("rankings.jsonl", "pairs.jsonl", "rankings_eval.jsonl", "pairs_eval.jsonl")

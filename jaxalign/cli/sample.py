@@ -44,9 +44,10 @@ def main(fv, rest):
         raise UserError("no prompt: give --prompt='...' or --prompts=FILE.jsonl")
     records = [r for r in records for _ in range(fv.n)]
     how = build.sampling(w, {}, **{k: fv[k].value for k in ("max_new", "temperature", "top_k", "top_p")})
-    shards = build.shard.batch_shards(w.mesh)
-    batch = min(64, -(-len(records) // shards) * shards)
+    batch = min(64, len(records))
     got = policy.sample(w.model, params, how, build.prompt_rows(w, records, batch), w.decode, jax.random.key(fv.seed), w.mesh, score=False)
+    if jax.process_index():  # every process has all samples; one prints them
+        return
     for r, text, length, cut in zip(records, got.completions, got.length, got.truncated):
         prompt = build.shown(r)
         if fv.json:

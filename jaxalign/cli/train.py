@@ -36,4 +36,4 @@ def main(fv, rest):
         s.save(s.finish(s.go()))
         if jax.process_index() == 0:
             w.tokenizer.save(str(directory / "tokenizer"))
-    print(f"{name}: done, weights in {directory / 'params'}")
+            print(f"{name}: done, weights in {directory / 'params'}")

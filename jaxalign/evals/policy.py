@@ -12,7 +12,7 @@ from jaxalign.data.sources import Offline, eval_batches
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.rewards import model_scores
 from jaxalign.rl.rollout import Sampling, generate
-from jaxalign.types import Model, ScalarModel, Tree
+from jaxalign.types import Model, Pairs, Rankings, ScalarModel, Tree
 
 
 class Samples(NamedTuple):
@@ -45,10 +45,14 @@ def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: 
 
 
 def candidate_scores(model: ScalarModel, params: Tree, rankings: Offline, mesh) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rewards f32[K], ranks i32[K]) of every prompt of a rankings source, the same on every process."""
+    """(rewards f32[K], ranks i32[K]) of every prompt of a rankings source, or [2] of every pair; the same on every process."""
     out = []
     with jax.set_mesh(mesh):
         for batch in eval_batches(rankings):
+            if isinstance(batch, Pairs):
+                both = jax.tree.map(lambda w, l: np.stack([w, l], 1), batch.chosen, batch.rejected)
+                valid = (batch.chosen.mask.any(1) & batch.rejected.mask.any(1))[:, None].repeat(2, 1)
+                batch = Rankings(both, np.tile(np.array([0, 1], np.int32), (len(valid), 1)), valid.astype(np.float32))
             b, k, t = batch.candidates.tokens.shape
             rows = shard.place(jax.tree.map(lambda a: a.reshape(b * k, t), batch.candidates), mesh)
             rank, valid = (shard.to_host(x) for x in shard.place((batch.rank, batch.valid), mesh))

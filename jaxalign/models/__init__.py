@@ -13,6 +13,11 @@ class FamilyModel:
     family: Any
     config: Any
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions it knows; None where they are not learned."""
+        return getattr(self.family, "positions", lambda config: None)(self.config)
+
     def specs(self):
         return self.family.specs(self.config)
 

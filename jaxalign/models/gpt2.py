@@ -87,6 +87,11 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     return nn.Hidden(x, cache and {**cache, "layers": layers})
 
 
+def positions(cfg: Config) -> int:
+    """A learned table: a position past its end has no row, and would silently take the last one."""
+    return cfg.max_len
+
+
 def unembed(cfg: Config, params) -> nn.Unembed:
     return nn.Unembed(params["embed"])
 

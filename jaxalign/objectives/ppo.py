@@ -16,9 +16,14 @@ from jaxalign.types import Experience, Loss, Model, Objective, ScalarModel, Term
 
 def policy_loss(logp, old_logp, advantages, mask, clip):
     """(loss, clipped), f32[B,T]: max(-A r, -A clip(r, 1-e, 1+e)) with r = exp(logp - old) (1707.06347 eq. 7)."""
-    ratio = jnp.exp(jnp.where(mask > 0, logp - old_logp, 0.0))
+    ratio = _ratio(logp, old_logp, mask)
     plain, cut = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
     return jnp.maximum(plain, cut), (cut > plain).astype(jnp.float32)
+
+
+def _ratio(logp, old_logp, mask):
+    """Bounded by e^20: what `ratio_threshold` drops must be finite to be dropped."""
+    return jnp.exp(jnp.minimum(jnp.where(mask > 0, logp - old_logp, 0.0), 20.0))
 
 
 def value_loss(values, old_values, returns, clip):
@@ -76,7 +81,7 @@ def ppo(
         pg, pg_clipped = policy_loss(out.logp, exp.logp, exp.advantages, mask, clip)
         vf, vf_clipped = value_loss(values, exp.values, exp.returns, value_clip)
         d = jnp.where(mask > 0, out.logp - exp.logp, 0.0)
-        ratio = jnp.exp(d)
+        ratio = _ratio(out.logp, exp.logp, mask)
         keep = ((mask * ratio).sum() <= ratio_threshold * jnp.maximum(n, 1)).astype(jnp.float32)
         terms = {
             "policy": Term(keep * total, n),

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
 def kl_tokens(logp, ref_logp, kind: str = "k1"):
     """Estimators of KL(policy || reference) on sampled tokens, f32[B,T] (Schulman 2020, "Approximating KL divergence").
 

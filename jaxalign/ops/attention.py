@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops.nn import wide
+
 # Where masked scores go. Finite, so that a row that sees nothing gives a finite mean and finite gradients.
 MASKED = -1e30
 # Queries per block of the causal form, at least: each block reads only the keys before its end.
@@ -31,12 +33,12 @@ def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window:
 
 def _plain(q, k, v, ok, scale, softcap):
     """q [B,K,G,T,H], k and v [B,K,S,H], ok bool[B,T,S] -> [B,K,G,T,H]. Scores and softmax in f32."""
-    s = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    s = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide(q)) * scale
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
     s = jnp.where(ok[:, None, None], s, MASKED)
     p = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
-    return (jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=jnp.float32) / p.sum(-1, keepdims=True)).astype(v.dtype)
+    return (jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=wide(q)) / p.sum(-1, keepdims=True)).astype(v.dtype)
 
 
 # -- causal self-attention by blocks of queries: half of the square is never computed, and no probabilities are kept ----
@@ -53,7 +55,7 @@ def _blocks(q_segments, window):
 
 
 def _scores(q, k, ok):
-    return jnp.where(ok, jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32), MASKED)
+    return jnp.where(ok, jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide(q)), MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -68,7 +70,7 @@ def _causal_fwd(q, k, v, segments, window):
         top = s.max(-1, keepdims=True)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
-        out.append(jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, :b], preferred_element_type=jnp.float32) / total)
+        out.append(jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, :b], preferred_element_type=wide(q)) / total)
         lse.append(top + jnp.log(total))
     out, lse = jnp.concatenate(out, -2).astype(v.dtype), jnp.concatenate(lse, -2)
     return out, (q, k, v, segments, out, lse)
@@ -77,16 +79,16 @@ def _causal_fwd(q, k, v, segments, window):
 def _causal_bwd(window, saved, g):
     """Probabilities are made again from the scores and lse (Dao et al. 2022, 2205.14135, section 3.1)."""
     q, k, v, segments, out, lse = saved
-    inner = (g.astype(jnp.float32) * out).sum(-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    inner = (g.astype(wide(q)) * out).sum(-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros(k.shape, wide(q)), jnp.zeros(v.shape, wide(q))
     for a, b, ok in _blocks(segments, window):
         rows, keys = (Ellipsis, slice(a, b), slice(None)), (slice(None), slice(None), slice(0, b))
         p = jnp.exp(_scores(q[rows], k[keys], ok) - lse[rows])
-        dp = jnp.einsum("bkgth,bksh->bkgts", g[rows], v[keys], preferred_element_type=jnp.float32)
+        dp = jnp.einsum("bkgth,bksh->bkgts", g[rows], v[keys], preferred_element_type=wide(q))
         ds = (p * (dp - inner[rows])).astype(q.dtype)
         dq.append(jnp.einsum("bkgts,bksh->bkgth", ds, k[keys]))
-        dk = dk.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", ds, q[rows], preferred_element_type=jnp.float32))
-        dv = dv.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", p.astype(g.dtype), g[rows], preferred_element_type=jnp.float32))
+        dk = dk.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", ds, q[rows], preferred_element_type=wide(q)))
+        dv = dv.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", p.astype(g.dtype), g[rows], preferred_element_type=wide(q)))
     return jnp.concatenate(dq, -2), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.ops.nn import Unembed, rows
+from jaxalign.ops.nn import Unembed, rows, wide
 
 
 class LogProbs(NamedTuple):
@@ -65,9 +65,9 @@ def _join(a: jax.Array, T: int) -> jax.Array:
 
 def _logits(x, u: Unembed, temperature):
     """(z [b,c,V] f32 after everything, dz/dy [b,c,V] or 1.0 with y the plain matmul)."""
-    y = jnp.einsum("nd,vd->nv", rows(x), u.weight.astype(x.dtype), preferred_element_type=jnp.float32).reshape(*x.shape[:-1], -1)
+    y = jnp.einsum("nd,vd->nv", rows(x), u.weight.astype(x.dtype), preferred_element_type=wide(x)).reshape(*x.shape[:-1], -1)
     y = y * u.scale if u.scale != 1.0 else y
-    y = y if u.bias is None else y + u.bias.astype(jnp.float32)
+    y = y if u.bias is None else y + u.bias.astype(y.dtype)
     if u.softcap is None:
         return y / temperature, 1.0
     t = jnp.tanh(y / u.softcap)
@@ -84,8 +84,8 @@ def _back(dz, slope, x, u: Unembed, temperature):
     dy = dz * slope / temperature
     db = dy.sum((0, 1))
     dy = rows(dy * u.scale if u.scale != 1.0 else dy).astype(x.dtype)
-    dx = jnp.einsum("nv,vd->nd", dy, u.weight.astype(x.dtype), preferred_element_type=jnp.float32).reshape(x.shape)
-    dw = jnp.einsum("nv,nd->vd", dy, rows(x), preferred_element_type=jnp.float32)
+    dx = jnp.einsum("nv,vd->nd", dy, u.weight.astype(x.dtype), preferred_element_type=wide(x)).reshape(x.shape)
+    dw = jnp.einsum("nv,nd->vd", dy, rows(x), preferred_element_type=wide(x))
     return dx, dw, db
 
 
@@ -93,8 +93,8 @@ def _grads(u: Unembed, dw, db) -> Unembed:
     return u.replace(weight=dw.astype(u.weight.dtype), bias=None if u.bias is None else db.astype(u.bias.dtype))
 
 
-def _zeros(u: Unembed):
-    return jnp.zeros(u.weight.shape, jnp.float32), jnp.zeros(u.weight.shape[:1], jnp.float32)
+def _zeros(u: Unembed, dtype):
+    return jnp.zeros(u.weight.shape, dtype), jnp.zeros(u.weight.shape[:1], dtype)
 
 
 # -- log-probs ------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def logprob(x, unembed: Unembed, tokens, mask, *, temperature=1.0, chunk: int | 
     the logits held at once (elements). Differentiable in x, the unembedding and the temperature.
     """
     c = _chunk(*x.shape[:2], unembed.weight.shape[0], chunk)
-    return LogProbs(*_logprob(x, unembed, jnp.asarray(temperature, jnp.float32), tokens, mask.astype(jnp.float32), c))
+    return LogProbs(*_logprob(x, unembed, jnp.asarray(temperature, wide(x)), tokens, mask.astype(wide(x)), c))
 
 
 def _stats(z, tokens, mask) -> LogProbs:
@@ -120,14 +120,16 @@ def _stats(z, tokens, mask) -> LogProbs:
     return LogProbs(*(jnp.where(mask > 0, v, 0.0) for v in (logp, entropy, lse)))
 
 
-def _dz(z, tokens, entropy, lse, g_logp, g_entropy, g_lse):
-    """Cotangent of the logits: d logp = onehot - p; d lse = p; d H = -p (log p + H). No g_entropy: entropy has none."""
+def _dz(z, tokens, mask, entropy, lse, g_logp, g_entropy, g_lse):
+    """Cotangent of the logits: d logp = onehot - p; d lse = p; d H = -p (log p + H). No g_entropy: entropy has none.
+    Under the mask lse is 0, and a large logit would overflow."""
     log_p = z - lse[..., None]
     factor = (g_lse - g_logp)[..., None]
     if g_entropy is not None:
         factor = factor - g_entropy[..., None] * (log_p + entropy[..., None])
     dz = jnp.exp(log_p) * factor
-    return jnp.where(jnp.arange(z.shape[-1]) == tokens[..., None], dz + g_logp[..., None], dz)
+    dz = jnp.where(jnp.arange(z.shape[-1]) == tokens[..., None], dz + g_logp[..., None], dz)
+    return jnp.where(mask[..., None] > 0, dz, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -154,18 +156,18 @@ def _logprob_bwd(c, saved, cotangents):
 
     def some(carry, xs):
         dw, db, dt = carry
-        xc, tc, hc, lc, g_logp, g_ent, g_lse = xs
+        xc, tc, mc, hc, lc, g_logp, g_ent, g_lse = xs
         z, slope = _logits(xc, u, temperature)
-        dz = _dz(z, tc, hc, lc, g_logp, g_ent, g_lse)
+        dz = _dz(z, tc, mc, hc, lc, g_logp, g_ent, g_lse)
         dx, w, b = _back(dz, slope, xc, u, temperature)
         return (dw + w, db + b, dt - (dz * z).sum() / temperature), dx.astype(x.dtype)
 
     def body(carry, xs):
-        asked = (xs[4] != 0).any() | (xs[5] != 0).any() | (xs[6] != 0).any()
+        asked = (xs[5] != 0).any() | (xs[6] != 0).any() | (xs[7] != 0).any()
         return jax.lax.cond(asked, some, lambda k, v: (k, jnp.zeros_like(v[0])), carry, xs)
 
-    xs = tuple(_split(a, c) for a in (x, tokens, entropy, lse, *g))
-    (dw, db, dt), dx = jax.lax.scan(body, (*_zeros(u), jnp.zeros((), jnp.float32)), xs)
+    xs = tuple(_split(a, c) for a in (x, tokens, mask, entropy, lse, *g))
+    (dw, db, dt), dx = jax.lax.scan(body, (*_zeros(u, wide(x)), jnp.zeros((), wide(x))), xs)
     return _join(dx, x.shape[1]), _grads(u, dw, db), dt, None, None
 
 
@@ -185,7 +187,7 @@ def token_loss(x, unembed: Unembed, tokens, mask, extra, f, *, entropy=False, te
     x f[B,T,D]; tokens i32[B,T]; mask f32[B,T]; extra: tree of f32[B,T]; f maps these, chunk by chunk, to f32[B,c].
     """
     c = _chunk(*x.shape[:2], unembed.weight.shape[0], chunk)
-    total, *out = _token_loss(x, unembed, tokens, mask.astype(jnp.float32), extra, f, entropy, temperature, c)
+    total, *out = _token_loss(x, unembed, tokens, mask.astype(wide(x)), jax.tree.map(lambda e: e.astype(wide(x)), extra), f, entropy, temperature, c)
     return total, LogProbs(*map(jax.lax.stop_gradient, out))
 
 
@@ -198,15 +200,15 @@ def _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, c, grads: bo
         if not grads:
             return (carry[0] + total(out.logp, out.entropy), None), (out, None)
         value, (g_logp, g_entropy) = jax.value_and_grad(total, (0, 1))(out.logp, out.entropy)
-        dz = _dz(z, tc, out.entropy, out.lse, g_logp, g_entropy if entropy else None, 0.0)
-        dx, w, b = _back(jnp.where(mc[..., None] > 0, dz, 0.0), slope, xc, u, temperature)
+        dz = _dz(z, tc, mc, out.entropy, out.lse, g_logp, g_entropy if entropy else None, 0.0)
+        dx, w, b = _back(dz, slope, xc, u, temperature)
         return (carry[0] + value, (carry[1][0] + w, carry[1][1] + b)), (out, dx.astype(x.dtype))
 
     def body(carry, xs):
         none = lambda k, v: (k, (LogProbs(*(jnp.zeros_like(v[2]),) * 3), jnp.zeros_like(v[0]) if grads else None))
         return jax.lax.cond(xs[2].any(), some, none, carry, xs)
 
-    start = (jnp.zeros((), jnp.float32), _zeros(u) if grads else None)
+    start = (jnp.zeros((), wide(x)), _zeros(u, wide(x)) if grads else None)
     (total, dwb), (out, dx) = jax.lax.scan(body, start, jax.tree.map(lambda a: _split(a, c), (x, tokens, mask, extra)))
     return (total, *(_join(v, x.shape[1]) for v in out)), dwb, dx
 
@@ -251,7 +253,7 @@ def linear_ce(x, unembed: Unembed, tokens, weights, *, smoothing: float = 0.0, z
     Sources: Szegedy et al. 1512.00567 (smoothing over the full vocabulary); PaLM 2204.02311 section 5 (z-loss).
     """
     c = _chunk(*x.shape[:2], unembed.weight.shape[0], chunk)
-    return CrossEntropy(*_linear_ce(x, unembed, tokens, weights.astype(jnp.float32), smoothing, z_loss, c))
+    return CrossEntropy(*_linear_ce(x, unembed, tokens, weights.astype(wide(x)), smoothing, z_loss, c))
 
 
 def _ce_scan(x, u, tokens, weights, smoothing, z_loss, c, grads: bool):
@@ -283,7 +285,7 @@ def _ce_scan(x, u, tokens, weights, smoothing, z_loss, c, grads: bool):
         none = lambda k, v: (k, jnp.zeros_like(v[0]) if grads else None)
         return jax.lax.cond((xs[2] != 0).any(), some, none, carry, xs)
 
-    start = ((jnp.zeros((), jnp.float32),) * 4, _zeros(u) if grads else None)
+    start = ((jnp.zeros((), wide(x)),) * 4, _zeros(u, wide(x)) if grads else None)
     (sums, dwb), dx = jax.lax.scan(body, start, tuple(_split(a, c) for a in (x, tokens, weights)))
     return sums, dwb, dx
 

@@ -103,6 +103,11 @@ def rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def wide(*xs):
+    """The dtype of sums and softmaxes: f32, or f64 where an argument has it."""
+    return jnp.promote_types(jnp.result_type(*xs), jnp.float32)
+
+
 def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
     """The one door: f[..., I] x [I,O] -> f[..., O], in the dtype of x. Adapters and quantised weights will enter here."""
     y = (rows(x) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
@@ -111,7 +116,7 @@ def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
 
 def scalar(head, x: jax.Array) -> jax.Array:
     """f[..., D] -> f32[...]. In f32: rewards are compared, and values regressed, at a finer grain than bf16 has."""
-    return x.astype(jnp.float32) @ head["weight"].astype(jnp.float32) + head["bias"].astype(jnp.float32)
+    return x.astype(wide(x)) @ head["weight"].astype(wide(x)) + head["bias"].astype(wide(x))
 
 
 def last(x: jax.Array, segments: jax.Array) -> jax.Array:
@@ -127,13 +132,13 @@ def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale, in f32 (Zhang & Sennrich 2019, 1910.07467)."""
-    f = x.astype(jnp.float32)
+    f = x.astype(wide(x))
     return (f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)).astype(x.dtype) * scale.astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """(x - mean) / std * scale + bias, in f32 (Ba et al. 2016, 1607.06450)."""
-    f = x.astype(jnp.float32)
+    f = x.astype(wide(x))
     f = f - jnp.mean(f, -1, keepdims=True)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)
     return (f * scale + bias).astype(x.dtype)

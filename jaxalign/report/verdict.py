@@ -33,7 +33,7 @@ def verdicts(evaluation: Any) -> list[Verdict]:
         target = f"{sign} {round(limit, 4):g}{unit}" if limit is not None else "unknown"
         return Verdict(what, "not measured" if value is None else show(value, digits) + unit, target, detail, passed)
 
-    if isinstance(evaluation, dict) and "policies" not in evaluation and any(number(dig(e, "nll")) is not None and dig(e, "floor") is None for e in evaluation.values()):
+    if isinstance(evaluation, dict) and evaluation.get("world", "") is None:
         return _figures(evaluation)
     nll, floor, ratio = get("pretrain", "nll"), get("pretrain", "floor"), get("pretrain", "ratio")
     if ratio is None and nll is not None and floor:
@@ -57,7 +57,7 @@ def verdicts(evaluation: Any) -> list[Verdict]:
 
 
 def _figures(evaluation: dict) -> list[Verdict]:
-    known = {"perplexity": ("held-out perplexity", "per token"), "accuracy": ("held-out accuracy", "of pairs")}
+    known = {"perplexity": ("held-out perplexity", "per token")} | dict.fromkeys(("accuracy", "rewards/accuracies"), ("held-out accuracy", "of pairs"))
     out = []
     for name, e in evaluation.items():
         key = next((k for k in known if number(dig(e, k)) is not None), None)

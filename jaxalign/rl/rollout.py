@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxalign.ops import nn
 from jaxalign.ops.logprob import logits
 from jaxalign.ops.sampling import sample
-from jaxalign.types import Model, Prompts, Rollout
+from jaxalign.types import Model, Prompts, Rollout, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     pad: int = 0
+
+    def __post_init__(self):
+        if not (self.max_new >= 1 and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise UserError(f"sampling needs max_new >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self}")
 
 
 def unembed_last(model: Model, params, x):

@@ -55,18 +55,23 @@ def gradient(objective: Objective, params, frozen, aux, batch, key, accumulate: 
         sums = total(lambda b: objective.stats(full, frozen, aux, b))
         stats = jax.lax.stop_gradient({k: mean(*v) for k, v in sums.items()})
 
-    weights = jax.lax.stop_gradient(total(lambda b: {k: jnp.asarray(t.weight, jnp.float32) for k, t in losses(params, b, stats).terms.items()}))
+    weights = jax.lax.stop_gradient(total(lambda b: {k: _wide(t.weight) for k, t in losses(params, b, stats).terms.items()}))
 
     def share(p, b):
         out = losses(p, b, stats)
         parts = {k: t.scale * mean(t.total, weights[k]) for k, t in out.terms.items()}
-        return sum(parts.values()), (parts, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), out.metrics))
+        return sum(parts.values()), (parts, jax.tree.map(_wide, out.metrics))
 
     (loss, (parts, sums)), grads = total(lambda b: jax.value_and_grad(share, has_aux=True)(params, b))
     metrics = {"loss": loss, **{k: mean(*v) for k, v in sums.items()}}
     if len(parts) > 1:
         metrics |= {f"loss/{k}": v for k, v in parts.items()}
     return loss, metrics, grads
+
+
+def _wide(x):
+    x = jnp.asarray(x)
+    return x.astype(nn.wide(x))
 
 
 def make_step(

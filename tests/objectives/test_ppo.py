@@ -60,6 +60,15 @@ def test_the_ratio_threshold():
     assert PPO["loss_policy__ratio_threshold_skip"] == 0 and not PPO["grad_logps__ratio_threshold_skip"].any()
 
 
+def test_a_ratio_beyond_all_bounds_is_dropped_too():
+    """exp(200) is infinite, and 0 x inf would be NaN."""
+    batch = recorded()
+    batch = batch._replace(logp=batch.logp - 200.0, advantages=-np.abs(batch.advantages))
+    loss, stats, grads = tiny.gradient(ppo.ppo(tiny.Replay()))(PARAMS, batch)
+    assert stats["val/dropped"] == 1 and loss == 0
+    assert not any(np.any(g) for g in jax.tree.leaves(grads))
+
+
 def test_mixing_in_pretraining():
     """L = L_policy + c_v L_value - c_e H + c_ptx NLL, each over its own number of tokens."""
     batch = tiny.mixed(np.random.default_rng(0), 4, 8)

@@ -267,6 +267,14 @@ def test_garbage_under_the_mask_and_an_empty_mask():
     assert not any(np.asarray(v).any() for v in jax.tree.leaves(run(other, tokens, 0 * MASK)))
 
 
+def test_large_logits_under_the_mask_stay_there():
+    """lse is not kept there, so that exp(logit - lse) of a logit above 88 would be infinite, and 0 x inf is NaN."""
+    x = X.astype(np.float32) * np.where(MASK > 0, 1, 300)[..., None].astype(np.float32)
+    one = lambda x, w: lp.logprob(x, Unembed(w), TOKENS, MASK, chunk=B * V * 3).logp.sum()
+    for g in jax.jit(jax.grad(one, argnums=(0, 1)))(x, W.astype(np.float32)):
+        assert np.isfinite(g).all()
+
+
 def test_bfloat16_hidden_states_give_float32_results():
     x = jnp.asarray(X, jnp.bfloat16)
     out, grad = jax.jit(jax.value_and_grad(lambda x: lp.logprob(x, Unembed(W.astype(np.float32)), TOKENS, MASK).logp.sum()))(x)

@@ -49,14 +49,12 @@ def test_accumulation_in_f32(name):
     check_accumulation(name, (2, 4, 8) if name == "lm_smooth" else (8,), 1e-6)
 
 
-# Every float32 of the package read as float64: what is left is the algebra alone.
 F64 = """
 import sys
 sys.path[:0] = [{tests!r}, {train!r}]
 import conftest
 import jax, jax.numpy as jnp
 jax.config.update("jax_enable_x64", True)
-jnp.float32 = jnp.float64
 import numpy as np
 import tiny, test_step
 from jaxalign.models import decoder, heads
