@@ -110,7 +110,9 @@ def draw(workdir: Path, folder: Path, title: str, unit: str, parts: list) -> str
     series = [charts.Series(name, *curve(workdir, stage, metric), colour=i) for i, (stage, metric, name) in enumerate(parts)]
     figure = str(charts.lines(series, title=title, unit=unit))
     svg = re.search(r"<svg.*</svg>", figure, re.S)[0].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return svg.replace(">", f"><style>{style.CSS} svg {{ background: var(--card) }}</style>", 1)
+    svg = svg.replace(">", f"><style>{style.CSS} svg {{ background: var(--card) }}</style>", 1)
+    names = [f'<text x="368" y="{24 + 15 * i}" text-anchor="end" class="label" style="fill: var(--c{i})">{s.name}</text>' for i, s in enumerate(series)]
+    return svg.replace("</svg>", "".join(names) + "</svg>")
 
 
 def table(head: list[str], rows: list[list]) -> str:
@@ -132,7 +134,7 @@ def page(workdir: Path, counts: dict, e: dict, ppl: dict, w, images: str) -> str
         [
             f"{datetime.date.today()}, {os.cpu_count()} CPU cores, jax {jax.__version__}, seed {w.config.seed}: a llama-shaped decoder of {n / 1e6:.1f} M parameters "
             f"(dim {w.model.config.dim}, {w.model.config.layers} layers), vocabulary of {w.model.config.vocab} trained on the text. "
-            + ", ".join(f"{k} {v:.0f} s" for k, v in e["seconds"].items()) + f"; peak {e['peak_rss_mib']:,} MiB.",
+            + ", ".join(f"{k} {v:.0f} s" for k, v in e["seconds"].items()) + ".",
             "Rows: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()) + ". Pairs of more than 384 tokens are dropped, and those whose prompt has more than 256; so are PPO's prompts of more than 128.",
             "## Held-out perplexity, per token",
             table(["model", "text (books, WikiText)", "demonstrations"], [[k, f"{v['pretrain']:.1f}", f"{v['sft']:.2f}"] for k, v in ppl.items()]),
@@ -154,7 +156,7 @@ def page(workdir: Path, counts: dict, e: dict, ppl: dict, w, images: str) -> str
             f"Mean reward of the last eight batches of prompts over that of the first eight: {gain:+.3f} ± {error:.3f} (95 %, over batches) "
             "(reward-model units: 0 and 1 are mean and standard deviation over the training pairs' answers).",
             "## Curves",
-            "\n".join(f"![{title}]({images}/{file}.svg)" for file, title, *_ in CURVES),
+            *(f"{title}{', ' + unit if unit else ''}:\n\n![{title}]({images}/{file}.svg)" for file, title, unit, _ in CURVES),
         ]
     )
 
