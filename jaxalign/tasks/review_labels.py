@@ -3,11 +3,11 @@
 The labellers want a review of the item they named, with the aspects they asked for, in praise, well formed and short
 enough. With the completion split into sentences,
 
-    r = 3 tanh(V / 3) + A + I - D - L          in [-7.3, 3.6]
+    r = 3 tanh(V / 3) + A + I - D - L          in [-7.3, 3.4]
 
     V  sum of the values of its opinions, at most one per subject (the item overall, each aspect, the verdict).
        A value is +- the strength of the word (0.5 mild, 1.0 strong) x its degree ("very" 1.3, ...) x -0.5 if negated
-    A  0.3 x share of the requested aspects that it speaks of (0.3 if none was requested)
+    A  0.1 x share of the requested aspects that it speaks of (0.1 if none was requested)
     I  +0.3 if it names the requested item and no other, -0.3 if it names another, 0 if it names none
     D  0.5 per defect, at most 3: a sentence no form makes, an unfinished end, an aspect of another category, a subject
        treated twice, a sentence said twice, no review at all (3)
@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxalign.tasks import review_grammar as g
 
-LOWEST, HIGHEST = -7.3, 3.6
+LOWEST, HIGHEST = -7.3, 3.4
 WORDS, SENTENCES = 45, 64  # what lies behind the first 64 sentences is not read: D and L are at their limits by then
 
 
@@ -72,7 +72,7 @@ def gold_reward(prompt: str, completion: str, record: Mapping | None = None) -> 
     coverage = (sum(a in subjects for a in asked) / len(asked) if asked else 1.0) if item and text else 0.0
     loyalty = (0.3 if named == {item} else -0.3) if item and named else 0.0
     length = min(1.0, 0.05 * max(0, len(text.split()) - WORDS))
-    return 3 * math.tanh(value / 3) + 0.3 * coverage + loyalty - min(3.0, 0.5 * defects) - length
+    return 3 * math.tanh(value / 3) + 0.1 * coverage + loyalty - min(3.0, 0.5 * defects) - length
 
 
 def gold_rewards(

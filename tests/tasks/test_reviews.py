@@ -185,7 +185,7 @@ def test_demonstrations_need_their_leading_space_and_a_known_prompt():
     ],
 )
 def test_gold_reward_by_hand(completion, value, coverage, loyalty, defects):
-    expected = 3 * math.tanh(value / 3) + 0.3 * coverage + loyalty - 0.5 * defects
+    expected = 3 * math.tanh(value / 3) + 0.1 * coverage + loyalty - 0.5 * defects
     assert gold_reward(PROMPT, completion) == pytest.approx(expected, abs=1e-12)
     record = {"item": "noodle soup", "aspects": ["taste", "price"]}
     assert gold_reward("ignored", completion, record) == gold_reward(PROMPT, completion)
@@ -265,7 +265,7 @@ def test_the_best_accuracy_is_known():
     assert abs(accuracy["realised"] - accuracy["expected"]) < 0.015
     # By hand: an empty completion is six defects; P(the labeller agrees) = sigma(gap / T).
     pair = {"prompt": "Review the noodle soup.", "chosen": " I loved the noodle soup.", "rejected": ""}
-    gap = 3 * math.tanh(1 / 3) + 0.3 + 0.3 - (-3)
+    gap = 3 * math.tanh(1 / 3) + 0.1 + 0.3 - (-3)
     expected = pytest.approx(1 / (1 + math.exp(-gap / 2)))
     assert labels.gold_accuracy([pair], 2.0) == {"realised": 1.0, "expected": expected}
 
