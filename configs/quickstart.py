@@ -24,7 +24,7 @@ def get_config(arg=None):
             "prompts": 4000 if full else 200,
             "prompts_eval": 1000 if full else 40,
         },
-        "ranked": 3600 if full else 48,  # prompts whose samples are ranked, K = 4 ... 9 each
+        "ranked": 2400 if full else 48,  # prompts whose samples are ranked, K = 4 ... 9 each
         "ranked_eval": 520 if full else 24,  # prompts with K = 7: 21 pairs each
         "samples": 512 if full else 32,  # evaluation samples of each policy
         "sampling": {"max_new": 48},
@@ -50,14 +50,14 @@ def get_config(arg=None):
             "reward",
             init="sft",
             data=dict(path="data/rankings.jsonl", eval_path="data/rankings_eval.jsonl", batch_size=8),
-            train=dict(steps=steps(500, 6), save_every=100),
+            train=dict(steps=steps(300, 6), save_every=100),
             optim=dict(lr=8e-4, schedule="linear", end=0.0, warmup=10, b2=0.99, weight_decay=0.1),
         ),
         "ppo": build.stage(
             "ppo",
             init="sft",
             data=dict(path="data/prompts.jsonl", batch_size=128 if full else 16),
-            train=dict(steps=steps(72, 8), save_every=20 if full else 3),
+            train=dict(steps=steps(64, 8), save_every=20 if full else 3),
             optim=dict(lr=3e-4, schedule="linear", end=0.0, b1=0.9, b2=0.999, eps=1e-5),
             rl=dict(reward="reward", epochs=4, minibatches=1, beta=0.05),
             sampling=dict(max_new=48),
