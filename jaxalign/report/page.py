@@ -121,6 +121,7 @@ def policies(evaluation: Any) -> Html:
     about = tag(
         "p",
         "Gold is the reward that the preference labels were drawn from. A tie is half a win. "
+        "The dashed line, above which no policy can be, ends where its samples say too little (effective sample size below 100). "
         f"Intervals are 95%, over prompts. A win counts towards the target up to a KL of {show(KL, 3)} nats.",
         class_="soft",
     )  # fmt: skip
