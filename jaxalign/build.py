@@ -26,7 +26,7 @@ from jaxalign.ops.advantage import KL_ESTIMATORS
 from jaxalign.rl import experience, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.reference import WithReference
-from jaxalign.rl.rollout import Sampling
+from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.types import Model, Objective, Source, Tree, UserError
@@ -164,15 +164,8 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
         rows, w.tokenizer, batch_size=batch, seed=seed, template=w.template, shuffle=shuffle, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, format=form or None, **options, **more
     )  # fmt: skip
     longest = source.report()["max_length"]
-    check_length(w, min(longest, options.get("seq_len") or longest), path)
+    check_length(w.model, min(longest, options.get("seq_len") or longest), path)
     return source
-
-
-def check_length(w: World, length: int, what: str) -> None:
-    """Refuses what is longer than a model with learned positions can read."""
-    limit = getattr(w.model, "positions", None)
-    if limit is not None and length > limit:
-        raise UserError(f"{what}: {length} tokens, and the model has {limit} positions (model.max_len); shorten the rows (data.max_len, data.seq_len, sampling.max_new) or take a longer model")
 
 
 def trained(run: str) -> tuple[World, str, Tree]:
@@ -396,7 +389,7 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, d
         raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
     objective = ppo.ppo(model, value, **{**options, "temperature": c.sampling.temperature or 1.0})
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
-    check_length(w, prompts.report()["max_length"] + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
+    check_length(model, prompts.report()["max_length"] + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
     mix = None
     if options["ptx_coef"]:
         mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")

@@ -11,7 +11,7 @@ from jaxalign import shard
 from jaxalign.data.sources import Offline, eval_batches
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.rewards import model_scores
-from jaxalign.rl.rollout import Sampling, generate
+from jaxalign.rl.rollout import Sampling, check_length, generate
 from jaxalign.types import Model, Pairs, Rankings, ScalarModel, Tree
 
 
@@ -30,6 +30,7 @@ def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: 
 
     score=False skips the log-probs (0 then): labelling does not need them.
     """
+    check_length(model, prompts.report()["max_length"] + how.max_new, "the longest prompt with max_new")
     parts = []
     with jax.set_mesh(mesh):
         for batch in eval_batches(prompts):

@@ -34,6 +34,13 @@ class Sampling:
             raise UserError(f"sampling needs max_new >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self}")
 
 
+def check_length(model: Model, length: int, what: str) -> None:
+    """Refuses what is longer than a model with learned positions can read or write."""
+    limit = getattr(model, "positions", None)
+    if limit is not None and length > limit:
+        raise UserError(f"{what}: {length} tokens, and the model has {limit} positions (model.max_len); shorten the rows (data.max_len, data.seq_len, max_new) or take a longer model")
+
+
 def unembed_last(model: Model, params, x):
     """Hidden f[B,1,D] -> logits f32[B,V]."""
     return logits(x, model.unembed(params))[:, 0]

@@ -104,6 +104,19 @@ def reference(f, *args):
         return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(f, argnums=range(len(args))))(*(jnp.asarray(a, jnp.float64) for a in args)))
 
 
+def against(plain, ours):
+    """`ours` (x, w, b) -> (3 x sum, the rest) in float32 beside `plain` in float64, with and without gradients; the rest."""
+    value, grads = reference(plain, X, W, BIAS)
+    args = [np.float32(a) for a in (X, W, BIAS)]
+    (got, rest), got_grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True))(*args)
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    for a, b in zip(got_grads, grads):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    alone, _ = jax.jit(ours)(*args)  # without gradients another path is taken
+    np.testing.assert_allclose(alone, value, rtol=1e-5)
+    return args, rest
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_all_three_cotangents_against_float64(case):
     options = CASES[case]
@@ -151,14 +164,7 @@ def test_token_loss_against_float64(case, entropy):
         total, out = lp.token_loss(x, unembed(w, b, **options), TOKENS, MASK, extra, each, entropy=entropy, temperature=temperature, chunk=B * V * 3)
         return 3.0 * total, out
 
-    value, grads = reference(plain, X, W, BIAS)
-    args = [np.float32(a) for a in (X, W, BIAS)]
-    (got, out), got_grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True))(*args)
-    np.testing.assert_allclose(got, value, rtol=1e-5)
-    for a, b in zip(got_grads, grads):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    alone, _ = jax.jit(ours)(*args)  # without gradients another path is taken
-    np.testing.assert_allclose(alone, value, rtol=1e-5)
+    args, out = against(plain, ours)
     for a, b in zip(out, lp.logprob(args[0], unembed(*args[1:], **options), TOKENS, MASK, temperature=temperature)):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
@@ -177,15 +183,8 @@ def test_linear_ce_against_float64(case):
         nll = -jnp.take_along_axis(log_p, TOKENS[..., None], -1)[..., 0]
         return 3.0 * (MASK * ((1 - smoothing) * nll - smoothing * log_p.mean(-1) + z_loss * lse**2)).sum()
 
-    value, grads = reference(plain, X, W, BIAS)
     ours = lambda x, w, b: (lambda ce: (3.0 * ce.total, ce))(lp.linear_ce(x, unembed(w, b, **options), TOKENS, MASK, smoothing=smoothing, z_loss=z_loss, chunk=B * V * 3))
-    args = [np.float32(a) for a in (X, W, BIAS)]
-    (got, ce), got_grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True))(*args)
-    np.testing.assert_allclose(got, value, rtol=1e-5)
-    for a, b in zip(got_grads, grads):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    alone, _ = jax.jit(ours)(*args)  # without gradients another path is taken
-    np.testing.assert_allclose(alone, value, rtol=1e-5)
+    args, ce = against(plain, ours)
     z = np.asarray(jax.jit(lambda *a: parts(*a)[0])(*args))
     log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
     np.testing.assert_allclose(ce.nll, -(MASK * np.take_along_axis(log_p, TOKENS[..., None], -1)[..., 0]).sum(), rtol=1e-5)
