@@ -105,7 +105,7 @@ def curve(workdir: Path, stage: str, metric: str) -> tuple[list, list]:
     return tuple(zip(*((r["step"], r[metric]) for r in lines(workdir, stage) if metric in r)))
 
 
-def draw(workdir: Path, folder: Path, title: str, unit: str, parts: list) -> str:
+def draw(workdir: Path, title: str, unit: str, parts: list) -> str:
     """An SVG of its own, from the report's charts and style sheet."""
     series = [charts.Series(name, *curve(workdir, stage, metric), colour=i) for i, (stage, metric, name) in enumerate(parts)]
     figure = str(charts.lines(series, title=title, unit=unit))
@@ -179,7 +179,7 @@ def main():
     print(text)
     images.mkdir(parents=True, exist_ok=True)
     for file, title, unit, parts in CURVES:
-        (images / f"{file}.svg").write_text(draw(workdir, images, title, unit, parts))
+        (images / f"{file}.svg").write_text(draw(workdir, title, unit, parts))
     if a.write:
         write(a.write, text, "real.py")
 

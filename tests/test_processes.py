@@ -8,10 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-import jax
 import pytest
 import runs
-from jaxalign import shard
 from jaxalign.cli import launch
 from jaxalign.cli import main as cli
 from jaxalign.train import checkpoint
@@ -58,9 +56,7 @@ def alone(data, tmp_path_factory):
     def run(kind: str) -> Path:
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp(kind)
-            with pytest.MonkeyPatch.context() as m:
-                make = shard.make_mesh
-                m.setattr(shard, "make_mesh", lambda sizes: make(sizes, jax.devices()[:1]))
+            with runs.devices(1):
                 cli.run(["jaxalign", *arguments(kind, data, done[kind])])
         return done[kind]
 

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+# of d = logp - ref_logp
+KL_ESTIMATORS = {
+    "k1": lambda d: d,
+    "k2": lambda d: 0.5 * d * d,
+    "k3": lambda d: jnp.expm1(-d) + d,
+    "abs": jnp.abs,
+}
 
 
 def kl_tokens(logp, ref_logp, kind: str = "k1"):
@@ -14,9 +20,7 @@ def kl_tokens(logp, ref_logp, kind: str = "k1"):
 
     k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, abs = |d| with d = logp - ref_logp.
     """
-    d = logp - ref_logp
-    forms = {"k1": lambda: d, "k2": lambda: 0.5 * d * d, "k3": lambda: jnp.expm1(-d) + d, "abs": lambda: jnp.abs(d)}
-    return forms[kind]()
+    return KL_ESTIMATORS[kind](logp - ref_logp)
 
 
 def token_rewards(score, kl, mask, beta):
