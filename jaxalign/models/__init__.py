@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable, Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +33,20 @@ class FamilyModel:
     def flops_per_token(self, length):
         return self.family.flops_per_token(self.config, length)
 
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How transformers spells a family: the class names, the fields of config.json, the names of the tensors.
+
+    A family module has HF = {model_type: Architecture}. Everything here is read by `models.hf` alone.
+    """
+
+    causal: str  # the class with an unembedding
+    classifier: str | None  # the class with one label; None: transformers has none, so a reward model cannot leave
+    read: Callable[[dict], dict]  # takes what it knows out of config.json, returns fields of Config
+    write: Callable[[Any], dict]  # Config -> fields of config.json, in the spelling of transformers 5
+    names: Callable[[Any], dict[str, tuple[str, bool]]]  # Config -> {our leaf: (tensor, transposed)}; one {} per stacked dimension
+    fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # field -> values this code implements, HF's default first
+    prefix: str = "model."  # of every tensor but the head's; a trunk saved alone has names without it
+    buffers: str = r"$^"  # regex of tensors that older exports carry and nobody needs
+    score: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"head/weight": "score.weight"})  # the classifier's own tensors

@@ -1,23 +1,31 @@
-"""Llama-shaped decoders: pre-norm, RoPE, grouped-query attention, SwiGLU (Touvron et al. 2023, 2302.13971).
+"""Llama-shaped decoders: RoPE, RMSNorm, grouped-query attention, gated feed-forward (Touvron et al. 2023, 2302.13971).
 
-B batch, T time, D dim, N heads, K kv_heads, H head width, F hidden, V vocab, L layers. Weights are stored (in, out) and
-stacked over layers.
+What sets Llama, Mistral, Qwen, Gemma, Phi-3, OLMo 2, Mixtral and Qwen-MoE apart is said by `Config`, field by field;
+`decoder_hf` says which of them each uses and how transformers spells it.
+
+B batch, T time, D dim, N heads, K kv_heads, H head width, F hidden, V vocab, L layers, E experts. Weights are stored
+(in, out) and stacked over layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import shard
-from jaxalign.models import FamilyModel
-from jaxalign.ops import nn
+from jaxalign.models import FamilyModel, decoder_hf
+from jaxalign.ops import moe, nn, rope
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu}
+EVERYTHING = 2**30  # a window that hides nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,30 +34,75 @@ class Config:
     dim: int
     layers: int
     heads: int
-    hidden: int
+    hidden: int  # of the feed-forward; of one expert where there are experts
+    arch: str = "llama"  # the model_type that transformers gives it; says only how it is spelled there
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: dim / heads
     norm_eps: float = 1e-5
+    norm: str = "pre"  # pre | post (OLMo 2: of a branch's output) | both (Gemma 2 and 3)
+    norm_offset: float = 0.0  # 1: scales are stored less 1 (Gemma)
+    qk_norm: str = ""  # head: of every head's query and key (Qwen 3, Gemma 3) | whole: before heads are split (OLMo 2)
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    fused: bool = False  # q, k, v in one weight, gate and up in another (Phi-3)
+    embed_scale: bool = False  # embeddings times sqrt(dim) (Gemma)
+    query_scale: float | None = None  # what scores are multiplied by; None: 1 / sqrt(head_dim)
+    attn_softcap: float | None = None  # bounds attention scores (Gemma 2)
+    logit_softcap: float | None = None  # bounds logits (Gemma 2)
+    window: int | None = None  # how many keys a query of a windowed layer sees
+    windowed: tuple[bool, ...] = ()  # which layers are; (): all, if there is a window
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # (name, value) pairs, see `ops.rope`
+    rotary: float = 1.0  # the part of a head that rotates
+    window_theta: float | None = None  # rope_theta of windowed layers, unscaled; None: as all (Gemma 3 has its own)
+    experts: int = 0  # 0: a dense feed-forward
+    experts_per_token: int = 2
+    renormalise: bool = True  # the chosen experts' weights sum to 1
+    shared_hidden: int = 0  # width of the expert that every token takes (Qwen2-MoE)
+    router_aux: float = 0.0  # coefficient of the load-balancing loss
     tied: bool = True  # the unembedding is the embedding
-    max_len: int = 2048  # carried for export; rope itself has no limit
+    max_len: int = 2048  # what it was made for: dynamic rope scaling starts there, nothing ends there
     dtype: str = "float32"  # of activations; weights are kept as they are and cast at use
     scan: bool | None = None  # compile one layer and scan; None: from 16 layers on
     remat: str = "none"  # none | dots | full
 
     def __post_init__(self):
+        put = lambda name, value: object.__setattr__(self, name, value)
         if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
+            put("kv_heads", self.heads)
         if self.head_dim is None:
             if self.dim % self.heads:
                 raise UserError(f"model.dim {self.dim} is not a multiple of model.heads {self.heads}; change one or give head_dim")
-            object.__setattr__(self, "head_dim", self.dim // self.heads)
+            put("head_dim", self.dim // self.heads)
         if self.scan is None:
-            object.__setattr__(self, "scan", self.layers > 16)
+            put("scan", self.layers > 16)
+        put("windowed", tuple(map(bool, self.windowed)))
+        put("rope_scaling", tuple((k, tuple(v) if isinstance(v, (list, tuple)) else v) for k, v in self.rope_scaling))
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"rotary embeddings need an even head width, got {self.head_dim}")
+        if self.rotary_width % 2 or not 2 <= self.rotary_width <= self.head_dim:
+            raise UserError(f"rotary embeddings need an even width of 2 or more, got {self.rotary_width} of a head of {self.head_dim}")
+        for name, known in {"norm": ("pre", "post", "both"), "qk_norm": ("", "head", "whole"), "activation": tuple(ACTIVATIONS)}.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(map(repr, known))}")
+        if len(self.windowed) not in (0, self.layers) or (any(self.windowed) and self.window is None):
+            raise UserError(f"model.windowed names {len(self.windowed)} layers of {self.layers}" if self.window else "model.windowed needs model.window")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"model.window {self.window} must be 1 or more")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise UserError(f"model.experts_per_token {self.experts_per_token} must lie between 1 and model.experts {self.experts}")
+        rope.check(self.rope_scaling, self.rotary_width)
+
+    @property
+    def rotary_width(self) -> int:
+        return int(self.head_dim * self.rotary)
+
+    @property
+    def local(self) -> tuple[bool, ...]:
+        """Which layers are windowed."""
+        return self.windowed or (self.window is not None,) * self.layers
 
 
 def model(**config) -> FamilyModel:
@@ -58,54 +111,124 @@ def model(**config) -> FamilyModel:
 
 
 def specs(cfg: Config):
-    D, F, std = cfg.dim, cfg.hidden, 0.02
+    D, F, E, std = cfg.dim, cfg.hidden, cfg.experts, 0.02
     N, K = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     out_std = std / (2 * cfg.layers) ** 0.5  # residual branches start small (GPT-2, section 2.3)
-    layer = {
-        "attn_norm": Spec((D,), (None,), nn.ones),
-        "q": Spec((D, N), ("embed", "heads"), nn.normal(std)),
-        "k": Spec((D, K), ("embed", "kv_heads"), nn.normal(std)),
-        "v": Spec((D, K), ("embed", "kv_heads"), nn.normal(std)),
-        "o": Spec((N, D), ("heads", "embed"), nn.normal(out_std)),
-        "mlp_norm": Spec((D,), (None,), nn.ones),
-        "gate": Spec((D, F), ("embed", "mlp"), nn.normal(std)),
-        "up": Spec((D, F), ("embed", "mlp"), nn.normal(std)),
-        "down": Spec((F, D), ("mlp", "embed"), nn.normal(out_std)),
-    }
-    out = {
-        "embed": Spec((cfg.vocab, D), ("vocab", "embed"), nn.normal(std)),
-        "layers": nn.stacked(layer, cfg.layers),
-        "norm": Spec((D,), (None,), nn.ones),
-    }
+    unit = nn.zeros if cfg.norm_offset else nn.ones
+    scale = lambda n=D: Spec((n,), (None,), unit)
+    into = lambda n, axis: Spec((D, n), ("embed", axis), nn.normal(std))
+    back = lambda n, axis: Spec((n, D), (axis, "embed"), nn.normal(out_std))
+    layer = {}
+    if cfg.norm != "post":
+        layer |= {"attn_norm": scale(), "mlp_norm": scale()}
+    if cfg.norm != "pre":
+        layer |= {"attn_post_norm": scale(), "mlp_post_norm": scale()}
+    if cfg.fused:
+        layer |= {"qkv": into(N + 2 * K, "heads")}
+    else:
+        layer |= {"q": into(N, "heads"), "k": into(K, "kv_heads"), "v": into(K, "kv_heads")}
+    layer |= {"o": back(N, "heads")}
+    if cfg.qkv_bias:
+        layer |= {"q_bias": Spec((N,), ("heads",)), "k_bias": Spec((K,), ("kv_heads",)), "v_bias": Spec((K,), ("kv_heads",))}
+    if cfg.o_bias:
+        layer |= {"o_bias": Spec((D,), (None,))}
+    if cfg.qk_norm:
+        whole = cfg.qk_norm == "whole"
+        layer |= {"q_norm": scale(N if whole else cfg.head_dim), "k_norm": scale(K if whole else cfg.head_dim)}
+    if E:
+        many = lambda s: Spec((E, *s.shape), ("expert", *s.axes), s.init)
+        layer |= {"router": Spec((D, E), ("embed", None), nn.normal(std))}
+        layer |= {"experts": {"gate": many(into(F, "mlp")), "up": many(into(F, "mlp")), "down": many(back(F, "mlp"))}}
+        if S := cfg.shared_hidden:
+            layer |= {"shared": {"gate": into(S, "mlp"), "up": into(S, "mlp"), "down": back(S, "mlp"), "mix": Spec((D, 1), ("embed", None), nn.normal(std))}}
+    else:
+        layer |= {"gate_up": into(2 * F, "mlp")} if cfg.fused else {"gate": into(F, "mlp"), "up": into(F, "mlp")}
+        layer |= {"down": back(F, "mlp")}
+        if cfg.mlp_bias:
+            layer |= {"gate_bias": Spec((F,), ("mlp",)), "up_bias": Spec((F,), ("mlp",)), "down_bias": Spec((D,), (None,))}
+    out = {"embed": Spec((cfg.vocab, D), ("vocab", "embed"), nn.normal(std)), "layers": nn.stacked(layer, cfg.layers), "norm": scale()}
     return out if cfg.tied else {**out, "unembed": Spec((cfg.vocab, D), ("vocab", "embed"), nn.normal(std))}
+
+
+# -- the two branches of a layer ------------------------------------------------------------------------------------
+
+
+def _qkv(cfg: Config, p, h):
+    """f[B,T,D] -> queries [B,T,N,H], keys and values [B,T,K,H], not yet rotated."""
+    N, K = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    if cfg.fused:
+        q, k, v = jnp.split(nn.linear(h, p["qkv"]), (N, N + K), axis=-1)
+    else:
+        q, k, v = (nn.linear(h, p[name], p.get(f"{name}_bias")) for name in "qkv")
+    split = lambda x: x.reshape(*x.shape[:-1], -1, cfg.head_dim)
+    norm = lambda x, name: nn.rms_norm(x, p[name], cfg.norm_eps, cfg.norm_offset)
+    if cfg.qk_norm == "whole":
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    q, k, v = split(q), split(k), split(v)
+    return (norm(q, "q_norm"), norm(k, "k_norm"), v) if cfg.qk_norm == "head" else (q, k, v)
+
+
+def _gated(cfg: Config, p, h):
+    act = ACTIVATIONS[cfg.activation]
+    if cfg.fused:
+        gate, up = jnp.split(nn.linear(h, p["gate_up"]), 2, axis=-1)
+    else:
+        gate, up = nn.linear(h, p["gate"], p.get("gate_bias")), nn.linear(h, p["up"], p.get("up_bias"))
+    return nn.linear(act(gate) * up, p["down"], p.get("down_bias"))
+
+
+def _mixture(cfg: Config, p, h, segments):
+    """(the experts' output, the load they got)."""
+    rows = nn.rows(h)
+    weight, expert, probabilities = moe.route(rows, p["router"], cfg.experts_per_token, cfg.renormalise)
+    y = moe.experts(rows, weight, expert, p["experts"], ACTIVATIONS[cfg.activation]).reshape(h.shape)
+    if cfg.shared_hidden:
+        y = y + jax.nn.sigmoid(nn.linear(h, p["shared"]["mix"])) * _gated(cfg, p["shared"], h)
+    return y, moe.load(probabilities, expert, (segments != 0).reshape(-1).astype(probabilities.dtype))
 
 
 def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> nn.Hidden:
     B, T = tokens.shape
-    x = shard.constrain(nn.embed(params["embed"], tokens, cfg.dtype), "batch", "time", None)
-    table = nn.rope_table(positions, cfg.head_dim, cfg.rope_theta)
+    norm = lambda x, scale: nn.rms_norm(x, scale, cfg.norm_eps, cfg.norm_offset)
+    spread = lambda x: shard.constrain(x, "batch", "time", None)
+    x = nn.embed(params["embed"], tokens, cfg.dtype)
+    x = spread(x * jnp.asarray(cfg.dim**0.5, x.dtype) if cfg.embed_scale else x)
+    table = rope.table(positions, cfg.rotary_width, cfg.rope_theta, cfg.rope_scaling, segments=segments, max_len=cfg.max_len)
+    near = rope.table(positions, cfg.rotary_width, cfg.window_theta) if cfg.window_theta else table
     cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
+    mixed = len(set(cfg.local)) > 1
+    # Where all layers are alike nothing is handed from layer to layer, and XLA sees constants.
+    each = {"local": np.array(cfg.local)} if mixed else {}
 
-    def block(p, x, kv):
-        h = nn.rms_norm(x, p["attn_norm"], cfg.norm_eps)
-        q = nn.rope(nn.linear(h, p["q"]).reshape(B, T, cfg.heads, cfg.head_dim), table)
-        k = nn.rope(nn.linear(h, p["k"]).reshape(B, T, cfg.kv_heads, cfg.head_dim), table)
-        v = nn.linear(h, p["v"]).reshape(B, T, cfg.kv_heads, cfg.head_dim)
+    def block(p, carry, kv, kind):
+        x, load = carry
+        local = kind["local"] if mixed else cfg.local[0]
+        window = (jnp.where(local, cfg.window, EVERYTHING) if mixed else cfg.window if local else None) if cfg.window else None
+        h = norm(x, p["attn_norm"]) if cfg.norm != "post" else x
+        q, k, v = _qkv(cfg, p, h)
+        here = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, table) if mixed and cfg.window_theta else near if local is True else table
+        q, k = rope.rotate(q, here), rope.rotate(k, here)
         if kv is not None:
             kv, k, v = nn.cache_write(kv, k, v, start)
-        a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
-        x = shard.constrain(x + nn.linear(a.reshape(B, T, -1), p["o"]), "batch", "time", None)
-        h = nn.rms_norm(x, p["mlp_norm"], cfg.norm_eps)
-        h = jax.nn.silu(nn.linear(h, p["gate"])) * nn.linear(h, p["up"])
-        return shard.constrain(x + nn.linear(h, p["down"]), "batch", "time", None), kv
+        a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start, window=window, scale=cfg.query_scale, softcap=cfg.attn_softcap)
+        a = nn.linear(a.reshape(B, T, -1), p["o"], p.get("o_bias"))
+        x = spread(x + (a if cfg.norm == "pre" else norm(a, p["attn_post_norm"])))
+        h = norm(x, p["mlp_norm"]) if cfg.norm != "post" else x
+        if cfg.experts:
+            h, own = _mixture(cfg, p, h, segments)
+            load = jax.tree.map(jnp.add, load, own)
+        else:
+            h = _gated(cfg, p, h)
+        return (spread(x + (h if cfg.norm == "pre" else norm(h, p["mlp_post_norm"]))), load), kv
 
-    x, layers = nn.stack(block, params["layers"], x, cache and cache["layers"], cfg.layers, scan=cfg.scan, remat=cfg.remat)
-    x = nn.rms_norm(x, params["norm"], cfg.norm_eps)
-    return nn.Hidden(shard.constrain(x, "batch", "time", None), cache and {**cache, "layers": layers})
+    zeros = jnp.zeros((cfg.experts,), nn.wide(x))
+    load = moe.Load(zeros, zeros, zeros.sum()) if cfg.experts else ()
+    (x, load), layers = nn.stack(block, params["layers"], (x, load), cache and cache["layers"], cfg.layers, scan=cfg.scan, remat=cfg.remat, each=each)
+    return nn.Hidden(spread(norm(x, params["norm"])), cache and {**cache, "layers": layers}, {"load": load} if cfg.experts else {})
 
 
 def unembed(cfg: Config, params) -> nn.Unembed:
-    return nn.Unembed(params["embed"] if cfg.tied else params["unembed"])
+    return nn.Unembed(params["embed"] if cfg.tied else params["unembed"], softcap=cfg.logit_softcap)
 
 
 def init_cache(cfg: Config, batch: int, size: int):
@@ -113,51 +236,14 @@ def init_cache(cfg: Config, batch: int, size: int):
 
 
 def flops_per_token(cfg: Config, length: int) -> float:
-    """Model FLOPs of training one token, forward and backward: 6 per matmul weight (embedding look-up not counted,
-    unembedding counted) and 6 L N H T for causal attention (half the square; PaLM appendix B counts the whole)."""
-    weights = nn.count(nn.stacked({k: v for k, v in specs(cfg)["layers"].items()}, 1)) + cfg.vocab * cfg.dim
-    return 6.0 * weights + 6.0 * cfg.layers * cfg.heads * cfg.head_dim * length
+    """Model FLOPs of training one token, forward and backward: 6 per weight that it meets (embedding look-up not counted,
+    unembedding counted; of the experts only those it chose) and 6 L N H T for causal attention (half the square; PaLM
+    appendix B counts the whole), T at most the window."""
+    layer = nn.count(specs(dataclasses.replace(cfg, layers=1, windowed=()))["layers"])
+    if cfg.experts:
+        layer -= 3 * cfg.dim * cfg.hidden * (cfg.experts - cfg.experts_per_token)
+    seen = sum(min(length, 2 * cfg.window) if local else length for local in cfg.local)
+    return 6.0 * (cfg.layers * layer + cfg.vocab * cfg.dim) + 6.0 * seen * cfg.heads * cfg.head_dim
 
 
-# -- Hugging Face (see `models.hf`) ---------------------------------------------------------------------------------
-
-HF = {"model_type": "llama", "causal": "LlamaForCausalLM", "classifier": "LlamaForSequenceClassification", "prefix": "model."}
-HF_FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,)}
-HF_BUFFERS = r"\.rotary_emb\.inv_freq$"
-HF_FIELDS = {
-    "vocab": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "hidden": "intermediate_size", "norm_eps": "rms_norm_eps", "max_len": "max_position_embeddings",
-}  # fmt: skip
-
-
-def from_hf(c: dict) -> Config:
-    """Transformers 5 nests the rotary fields in rope_parameters; 4 had rope_theta and rope_scaling at top level."""
-    rope = {}
-    for source in ({"rope_theta": c.pop("rope_theta", None)}, c.pop("rope_scaling", None), c.pop("rope_parameters", None)):
-        for k, v in (source or {}).items():
-            k = "rope_type" if k == "type" else k
-            if v is not None and rope.setdefault(k, v) != v:
-                raise UserError(f"{k} is given twice, as {rope[k]!r} and as {v!r}")
-    theta = rope.pop("rope_theta", 10000.0)
-    if rope.pop("rope_type", "default") != "default" or rope:
-        raise UserError(f"rope scaling is not supported (rope_scaling or rope_parameters asks for something other than the default: {rope or 'rope_type'})")
-    fields = {ours: c.pop(theirs) for ours, theirs in HF_FIELDS.items()}
-    optional = {"kv_heads": c.pop("num_key_value_heads", None), "head_dim": c.pop("head_dim", None)}
-    return Config(**fields, **optional, rope_theta=theta, tied=c.pop("tie_word_embeddings", False))
-
-
-def to_hf(cfg: Config) -> dict:
-    fields = {theirs: getattr(cfg, ours) for ours, theirs in HF_FIELDS.items()}
-    rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"}
-    return {**fields, "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim, "rope_parameters": rope, "tie_word_embeddings": cfg.tied}
-
-
-def hf_names(cfg: Config) -> dict[str, tuple[str, bool]]:
-    layer = {
-        "attn_norm": ("input_layernorm", False),
-        **{k: (f"self_attn.{k}_proj", True) for k in "qkvo"},
-        "mlp_norm": ("post_attention_layernorm", False),
-        **{k: (f"mlp.{k}_proj", True) for k in ("gate", "up", "down")},
-    }
-    out = {f"layers/{k}": (f"model.layers.{{}}.{name}.weight", t) for k, (name, t) in layer.items()}
-    return out | {"embed": ("model.embed_tokens.weight", False), "norm": ("model.norm.weight", False), "unembed": ("lm_head.weight", False)}
+HF = decoder_hf.ARCHITECTURES

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.models import FamilyModel
+from jaxalign.models import Architecture, FamilyModel
 from jaxalign.ops import nn
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
@@ -73,7 +73,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     x = shard.constrain(x, "batch", "time", None)
     cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
 
-    def block(p, x, kv):
+    def block(p, x, kv, _):
         q, k, v = map(heads, jnp.split(nn.linear(norm(x, p["ln_1"]), p["qkv"]["w"], p["qkv"]["b"]), 3, axis=-1))
         if kv is not None:
             kv, k, v = nn.cache_write(kv, k, v, start)
@@ -108,27 +108,18 @@ def flops_per_token(cfg: Config, length: int) -> float:
 
 # -- Hugging Face (see `models.hf`) ---------------------------------------------------------------------------------
 
-HF = {"model_type": "gpt2", "causal": "GPT2LMHeadModel", "classifier": "GPT2ForSequenceClassification", "prefix": "transformer."}
-HF_FIXED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-HF_BUFFERS = r"\.attn\.(bias|masked_bias)$"  # the causal mask; c_attn.bias is another name
-HF_FIELDS = {"vocab": "vocab_size", "dim": "n_embd", "layers": "n_layer", "heads": "n_head", "max_len": "n_positions", "norm_eps": "layer_norm_epsilon"}
+FIELDS = {"vocab": "vocab_size", "dim": "n_embd", "layers": "n_layer", "heads": "n_head", "max_len": "n_positions", "norm_eps": "layer_norm_epsilon"}
 
 
-def from_hf(c: dict) -> Config:
-    return Config(**{ours: c.pop(theirs) for ours, theirs in HF_FIELDS.items()}, hidden=c.pop("n_inner", None))
+def _read(c: dict) -> dict:
+    return {**{ours: c.pop(theirs) for ours, theirs in FIELDS.items()}, "hidden": c.pop("n_inner", None)}
 
 
-def to_hf(cfg: Config) -> dict:
-    return {**{theirs: getattr(cfg, ours) for ours, theirs in HF_FIELDS.items()}, "n_inner": cfg.hidden if cfg.hidden != 4 * cfg.dim else None}
+def _write(cfg: Config) -> dict:
+    return {**{theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}, "n_inner": cfg.hidden if cfg.hidden != 4 * cfg.dim else None}
 
 
-def hf_names(cfg: Config) -> dict[str, tuple[str, bool]]:
+def _names(cfg: Config) -> dict[str, tuple[str, bool]]:
     norm = lambda ours, theirs: {f"{ours}/scale": f"{theirs}.weight", f"{ours}/bias": f"{theirs}.bias"}
     dense = lambda ours, theirs: {f"{ours}/w": f"{theirs}.weight", f"{ours}/b": f"{theirs}.bias"}
     layer = {
@@ -138,3 +129,18 @@ def hf_names(cfg: Config) -> dict[str, tuple[str, bool]]:
     names = {"embed": "wte.weight", "positions": "wpe.weight", **norm("norm", "ln_f")}
     names |= {f"layers/{k}": f"h.{{}}.{v}" for k, v in layer.items()}
     return {k: (f"transformer.{v}", False) for k, v in names.items()}
+
+
+HF = {
+    "gpt2": Architecture(
+        "GPT2LMHeadModel", "GPT2ForSequenceClassification", _read, _write, _names, prefix="transformer.",
+        buffers=r"\.attn\.(bias|masked_bias)$",  # the causal mask; c_attn.bias is another name
+        fixed={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+        },
+    )
+}  # fmt: skip

@@ -1,13 +1,7 @@
 """Hugging Face directories (config.json and safetensors) <-> a model and its params, strict both ways.
 
-The only file that imports safetensors; there is no pickle path. A family brings its own tables, next to its code:
-
-    HF             {"model_type", "causal", "classifier", "prefix"}: what its checkpoints are called
-    HF_FIXED       config.json fields that must hold one of the values this code implements, the first being HF's default
-    HF_BUFFERS     regex of tensors that older exports carry and nobody needs
-    from_hf(c)     takes what it understands out of the dict and returns a Config; what is left over is refused here
-    to_hf(cfg)     the inverse, in the spelling of transformers 5
-    hf_names(cfg)  {our leaf: (HF name, transposed)}; one {} in the name per leading stacked dimension
+The only file that imports safetensors; there is no pickle path. A family says how transformers spells it with
+HF = {model_type: `models.Architecture`}, next to its code.
 
 Dropout rates in config.json are ignored: they change training, not the function. Everything else that we do not
 implement is refused by name, because a field that is read over is a model that is silently another one.
@@ -32,11 +26,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxalign import shard, tree
-from jaxalign.models import FamilyModel, decoder, gpt2
+from jaxalign.models import Architecture, FamilyModel, decoder, gpt2, neox
 from jaxalign.ops.nn import Spec, is_spec
 from jaxalign.types import Tree, UserError
 
-FAMILIES = {family.HF["model_type"]: family for family in (decoder, gpt2)}
+FAMILIES = (decoder, gpt2, neox)
+ARCHITECTURES = {kind: (family, a) for family in FAMILIES for kind, a in family.HF.items()}
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -49,6 +44,8 @@ HARMLESS = re.compile(
     r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k|top_p|typical_p"
     r"|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|num_return_sequences|remove_invalid_values)"
 )
+
+MANY_LAYERS = 10_000  # more than anybody's model; a hostile config.json may ask for any number
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit per file
 
@@ -83,27 +80,30 @@ def _json(directory: Path, name: str) -> dict:
     return out
 
 
-def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, bool]:
-    """config.json -> (model, whether it is a reward model). Raises UserError for anything we would read over."""
+def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, Architecture, bool]:
+    """config.json -> (model, its spelling, whether it is a reward model). Raises UserError for anything we would read over."""
     c = dict(config)
-    known = ", ".join(f"{f.HF['causal']} and {f.HF['classifier']}" for f in FAMILIES.values())
     names, kind = c.get("architectures"), c.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
-        raise UserError(f"{path}: model_type {kind!r} is not supported; jaxalign reads {known}")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in (family.HF["causal"], family.HF["classifier"]):
-        raise UserError(f"{path}: architectures {names!r} is not supported; jaxalign reads {known}")
-    reward = names[0] == family.HF["classifier"]
+    family, arch = ARCHITECTURES.get(kind, (None, None)) if isinstance(kind, str) else (None, None)
+    if arch is None:
+        raise UserError(f"{path}: model_type {kind!r} is not supported; jaxalign reads {', '.join(sorted(ARCHITECTURES))}")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in (arch.causal, arch.classifier):
+        known = " and ".join(filter(None, (arch.causal, arch.classifier)))
+        raise UserError(f"{path}: architectures {names!r} is not supported; of {kind} jaxalign reads {known}")
+    reward = names[0] == arch.classifier
     if reward:
         labels = c.get("num_labels", len(c["id2label"]) if isinstance(c.get("id2label"), dict) else None)
         if labels != 1:
             raise UserError(f"{path}: a reward model has num_labels 1, this classifier has {labels}")
     try:
-        for field, allowed in family.HF_FIXED.items():
+        for field, allowed in arch.fixed.items():
             value = c.pop(field, allowed[0])
             if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
                 raise UserError(f"{path}: {field} {value!r} is not supported; it may be {' or '.join(map(repr, allowed))}")
-        cfg = dataclasses.replace(family.from_hf(c), **overrides)
+        layers = c.get("num_hidden_layers", 1)
+        if type(layers) is int and layers > MANY_LAYERS:  # before anything is made per layer
+            raise UserError(f"{path} asks for {layers} layers")
+        cfg = family.Config(**arch.read(c), **overrides)
     except KeyError as e:
         raise UserError(f"{path} lacks the field {e.args[0]!r}") from e
     except (TypeError, ValueError, ArithmeticError, AttributeError) as e:
@@ -111,14 +111,23 @@ def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, bool
     except UserError as e:
         raise UserError(f"{path}: {e}" if str(path) not in str(e) else str(e)) from e
     for field in dataclasses.fields(cfg):
-        value, want = getattr(cfg, field.name), field.type.split(" ")[0]
-        good = {"int": type(value) is int and value > 0, "float": type(value) in (int, float) and 0 < value < math.inf, "bool": type(value) is bool}
-        if not good.get(want, True):
-            raise UserError(f"{path} gives {value!r} for {field.name}; it must be a positive {want}" if want != "bool" else f"{path}: {field.name} {value!r} is not true or false")
+        if not _fits(field, value := getattr(cfg, field.name)):
+            want = {"int": "a positive whole number", "float": "a positive number", "bool": "true or false"}[field.type.split(" ")[0]]
+            raise UserError(f"{path} gives {value!r} for {field.name}; it must be {want}")
     # What is null, false or empty asks for nothing.
     if left := sorted(k for k, v in c.items() if not HARMLESS.fullmatch(k) and v not in (None, False, "", [], {})):
         raise UserError(f"{path}: {', '.join(f'{k} = {c[k]!r}' for k in left)}: not supported, and ignoring it would load another model; remove it if it changes nothing")
-    return FamilyModel(family, dataclasses.replace(cfg, tied=True) if reward and hasattr(cfg, "tied") else cfg), reward
+    return FamilyModel(family, dataclasses.replace(cfg, tied=True) if reward and hasattr(cfg, "tied") else cfg), arch, reward
+
+
+def _fits(field, value) -> bool:
+    """Numbers are positive (or 0 where 0 is the default), None only where it is the default."""
+    kind = field.type.split(" ")[0]
+    if value is None or kind not in ("int", "float", "bool"):
+        return value is not None or field.default is None
+    if kind == "bool":
+        return type(value) is bool
+    return type(value) in ((int,) if kind == "int" else (int, float)) and math.isfinite(value) and (value > 0 or (value == 0 and field.default == 0))
 
 
 def read_config(directory, **overrides) -> FamilyModel:
@@ -169,26 +178,41 @@ def _list(lines: list[str], limit: int = 50) -> str:
     return "; ".join(lines[:limit]) + (f"; and {len(lines) - limit} more" if len(lines) > limit else "")
 
 
-def _names(family, cfg, specs: Tree, reward: bool, prefix: str) -> dict[str, list[tuple[str, tuple, bool]]]:
-    """{our leaf: [(HF name, index into the leaf, transposed), ...]}."""
-    table = dict(family.hf_names(cfg))
+def names(model: FamilyModel, reward: bool = False, prefix: str | None = None) -> dict[str, list[tuple[str, tuple, bool]]]:
+    """{our leaf: [(HF name, index into the leaf, transposed), ...]}: one entry per layer (and expert) of a stacked leaf.
+
+    `reward`: of params {"trunk", "head"}. `prefix`: what the file says in place of the architecture's own.
+    """
+    arch = architecture(model)
+    table = dict(arch.names(model.config))
+    specs = model.specs()
     if reward:
-        table = {f"trunk/{k}": v for k, v in table.items() if k != "unembed"} | {"head/weight": ("score.weight", False)}
+        specs = {"trunk": {k: v for k, v in specs.items() if k != "unembed"}, "head": _head(model.config.dim)}
+        table = {f"trunk/{k}": v for k, v in table.items()} | {k: (v, False) for k, v in arch.score.items()}
     out = {}
     for path, spec in tree.flat(specs, is_leaf=is_spec).items():
         name, transposed = table[path]
         lead = spec.shape[: name.count("{}")]
-        if prefix != family.HF["prefix"]:
-            name = name.removeprefix(family.HF["prefix"])
+        if prefix is not None and prefix != arch.prefix:
+            name = prefix + name.removeprefix(arch.prefix)
         out[path] = [(name.format(*i), i, transposed) for i in itertools.product(*map(range, lead))]
     return out
+
+
+def architecture(model: FamilyModel) -> Architecture:
+    """How transformers spells the model. Raises UserError where it has no such model."""
+    model = getattr(model, "trunk", model)  # of heads.Scalar
+    if not isinstance(model, FamilyModel):
+        raise UserError(f"{type(model).__name__} has no Hugging Face form; transformers knows the families {', '.join(sorted(ARCHITECTURES))}")
+    kinds = model.family.HF
+    return kinds[model.config.arch] if len(kinds) > 1 else next(iter(kinds.values()))
 
 
 def _head(dim: int) -> dict:
     return {"weight": Spec((1, dim), (None, None))}
 
 
-def _check(where, tensors: dict, names: dict, specs: dict, cfg, family, reward: bool):
+def _check(where, tensors: dict, names: dict, specs: dict, arch: Architecture, cfg, reward: bool):
     """Everything that is wrong, in one UserError, before a byte of weights is read."""
     want = {}
     for path, entries in names.items():
@@ -196,6 +220,7 @@ def _check(where, tensors: dict, names: dict, specs: dict, cfg, family, reward: 
             shape = specs[path].shape[len(index) :]
             want[name] = shape[::-1] if transposed else shape
     wrong = [f"missing {n} {list(s)}" for n, s in want.items() if n not in tensors]
+    unembed = arch.names(cfg).get("unembed", ("lm_head.weight", False))[0]
     for name in sorted(set(tensors)):
         file, f = tensors[name]
         if name in want:
@@ -204,12 +229,12 @@ def _check(where, tensors: dict, names: dict, specs: dict, cfg, family, reward: 
                 wrong.append(f"{name} has shape {list(view.get_shape())}, the config needs {list(want[name])}")
             elif view.get_dtype() not in DTYPES:
                 wrong.append(f"{name} is {view.get_dtype()}, jaxalign reads {', '.join(DTYPES)}")
-        elif re.search(family.HF_BUFFERS, name):
+        elif re.search(arch.buffers, name):
             continue
-        elif name == "lm_head.weight" and not reward:  # here the config says tied, or the name would be wanted
+        elif name == unembed and not reward:  # here the config says tied, or the name would be wanted
             embed = names["embed"][0][0]
             if embed in tensors and not _same(tensors[embed][1], embed, f, name):
-                wrong.append("lm_head.weight differs from the embedding although the config ties them; set tie_word_embeddings to false")
+                wrong.append(f"{name} differs from the embedding although the config ties them; set tie_word_embeddings to false")
         else:
             wrong.append(f"unexpected {name} in {file}")
     if wrong:
@@ -240,25 +265,27 @@ def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | N
     """
     directory = Path(directory)
     config = _json(directory, "config.json")
-    made, reward = _model(directory / "config.json", config, overrides)
-    family, cfg = made.family, made.config
+    made, arch, reward = _model(directory / "config.json", config, overrides)
+    cfg = made.config
     specs = made.specs()
     specs = {"trunk": specs, "head": _head(cfg.dim)} if reward else specs
     flat, out = tree.flat(specs, is_leaf=is_spec), {}
     with contextlib.ExitStack() as stack:
         tensors = _tensors(directory, stack)
         # GPT2Model saved without its head (openai-community/gpt2 itself) has no prefix.
-        prefix = family.HF["prefix"] if any(n.startswith(family.HF["prefix"]) for n in tensors) else ""
-        if cfg.layers > len(tensors):  # before anything is made per layer: the number may be a hostile one
-            raise UserError(f"{directory}: config.json asks for {cfg.layers} layers, the checkpoint holds {len(tensors)} tensors in all")
-        names = _names(family, cfg, specs, reward, prefix)
-        _check(directory, tensors, names, flat, cfg, family, reward)
+        prefix = arch.prefix if any(n.startswith(arch.prefix) for n in tensors) else ""
+        for path, spec in flat.items():  # before anything is made per layer or expert: the number may be a hostile one
+            many = math.prod(n for n, axis in zip(spec.shape, spec.axes) if axis in ("layers", "expert"))
+            if many > len(tensors):
+                raise UserError(f"{directory}: config.json asks for {many} tensors of {path}, the checkpoint holds {len(tensors)} in all")
+        table = names(made, reward, prefix)
+        _check(directory, tensors, table, flat, arch, cfg, reward)
         for path, spec in flat.items():
-            kinds = {DTYPES[tensors[n][1].get_slice(n).get_dtype()] for n, *_ in names[path]}
+            kinds = {DTYPES[tensors[n][1].get_slice(n).get_dtype()] for n, *_ in table[path]}
             if dtype is None and len(kinds) > 1:
                 raise UserError(f"{directory}: the layers of {path} have several dtypes ({', '.join(sorted(kinds))}); give one dtype to load them in")
             host = np.empty(spec.shape, jnp.dtype(dtype or kinds.pop()))
-            for name, index, transposed in names[path]:
+            for name, index, transposed in table[path]:
                 value = _read(tensors[name][1], name)
                 host[index] = value.T if transposed else value
             out[path] = _place(host, spec, mesh, rules)
@@ -292,13 +319,14 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     raises UserError unless `drop_bias`, which writes it to config.json as jaxalign_score_bias, where `load` finds it.
     transformers scores the last token that is not pad_token_id: give it texts padded on the right with another token.
     """
-    model = getattr(model, "trunk", model)  # of heads.Scalar
-    if not isinstance(model, FamilyModel):
-        raise UserError(f"{type(model).__name__} has no Hugging Face form; transformers knows the families {', '.join(FAMILIES)}")
-    family, cfg = model.family, model.config
-    reward = set(params) == {"trunk", "head"}
-    config = {**family.to_hf(cfg), **{k: v[0] for k, v in family.HF_FIXED.items()}, "model_type": family.HF["model_type"], "use_cache": True}
-    config["architectures"] = [family.HF["classifier" if reward else "causal"]]
+    model, arch = getattr(model, "trunk", model), architecture(model)
+    cfg, reward = model.config, set(params) == {"trunk", "head"}
+    if reward and arch.classifier is None:
+        raise UserError(f"transformers has no {arch.causal.split('For')[0]}ForSequenceClassification: a reward model of this family cannot be exported")
+    config = {**arch.write(cfg), **{k: v[0] for k, v in arch.fixed.items()}, "use_cache": True}
+    config["model_type"] = next(k for k, a in model.family.HF.items() if a is arch)
+    _expressed(model, arch, config)
+    config["architectures"] = [arch.classifier if reward else arch.causal]
     specs = model.specs()
     if reward:
         bias = float(shard.to_host(params["head"]["bias"]))
@@ -320,10 +348,10 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     config |= {"dtype": max((k.name for k in kinds.values()), key=[k.name for k in kinds.values()].count), **ids}
 
     # Files are planned from the shapes, so that only one of them is ever held in host memory.
-    names = _names(family, cfg, specs, reward, family.HF["prefix"])
+    table = names(model, reward)
     plan, room = [[]], shard_bytes
     for path, spec in flat.items():
-        for name, index, transposed in names[path]:
+        for name, index, transposed in table[path]:
             size = math.prod(spec.shape[len(index) :]) * kinds[path].itemsize
             if size > room and plan[-1]:
                 plan.append([])
@@ -355,6 +383,17 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     if tokenizer is not None:
         tokenizer.save(str(directory))
     _dump(directory / "config.json", config)
+
+
+def _expressed(model: FamilyModel, arch: Architecture, config: dict) -> None:
+    """Reading back what is about to be written must give this model, or transformers would load another one."""
+    fields = {k: v for k, v in config.items() if k not in arch.fixed}
+    again = dataclasses.asdict(model.family.Config(**arch.read(fields)))
+    ours = dataclasses.asdict(model.config)
+    # How activations are computed is not in config.json. Where all layers are windowed there are two ways to say so.
+    odd = [k for k, v in ours.items() if k not in ("dtype", "scan", "remat") and v != again[k]]
+    if odd:
+        raise UserError(f"{arch.causal} cannot say {', '.join(f'{k} = {ours[k]!r}' for k in odd)}; set model.arch to an architecture that can, or change the model")
 
 
 def _dump(path: Path, content: dict):

@@ -31,11 +31,13 @@ def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window:
     return ok
 
 
-def _plain(q, k, v, ok, scale, softcap):
+def _plain(q, k, v, ok, scale, softcap, bias=None):
     """q [B,K,G,T,H], k and v [B,K,S,H], ok bool[B,T,S] -> [B,K,G,T,H]. Scores and softmax in f32."""
     s = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide(q)) * scale
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
     s = jnp.where(ok[:, None, None], s, MASKED)
     p = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
     return (jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=wide(q)) / p.sum(-1, keepdims=True)).astype(v.dtype)
@@ -54,51 +56,56 @@ def _blocks(q_segments, window):
         yield a, b, ok[:, None, None]
 
 
-def _scores(q, k, ok):
-    return jnp.where(ok, jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide(q)), MASKED)
+def _scores(q, k, softcap):
+    s = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide(q))
+    return s if softcap is None else softcap * jnp.tanh(s / softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _causal(q, k, v, segments, window):
-    return _causal_fwd(q, k, v, segments, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(softcap, q, k, v, segments, window):
+    return _causal_fwd(softcap, q, k, v, segments, window)[0]
 
 
-def _causal_fwd(q, k, v, segments, window):
+def _causal_fwd(softcap, q, k, v, segments, window):
     out, lse = [], []
     for a, b, ok in _blocks(segments, window):
-        s = _scores(q[..., a:b, :], k[:, :, :b], ok)
+        s = jnp.where(ok, _scores(q[..., a:b, :], k[:, :, :b], softcap), MASKED)
         top = s.max(-1, keepdims=True)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
         out.append(jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, :b], preferred_element_type=wide(q)) / total)
         lse.append(top + jnp.log(total))
     out, lse = jnp.concatenate(out, -2).astype(v.dtype), jnp.concatenate(lse, -2)
-    return out, (q, k, v, segments, out, lse)
+    return out, (q, k, v, segments, window, out, lse)
 
 
-def _causal_bwd(window, saved, g):
+def _causal_bwd(softcap, saved, g):
     """Probabilities are made again from the scores and lse (Dao et al. 2022, 2205.14135, section 3.1)."""
-    q, k, v, segments, out, lse = saved
+    q, k, v, segments, window, out, lse = saved
     inner = (g.astype(wide(q)) * out).sum(-1, keepdims=True)
     dq, dk, dv = [], jnp.zeros(k.shape, wide(q)), jnp.zeros(v.shape, wide(q))
     for a, b, ok in _blocks(segments, window):
         rows, keys = (Ellipsis, slice(a, b), slice(None)), (slice(None), slice(None), slice(0, b))
-        p = jnp.exp(_scores(q[rows], k[keys], ok) - lse[rows])
+        s = _scores(q[rows], k[keys], softcap)
+        p = jnp.exp(jnp.where(ok, s, MASKED) - lse[rows])
         dp = jnp.einsum("bkgth,bksh->bkgts", g[rows], v[keys], preferred_element_type=wide(q))
-        ds = (p * (dp - inner[rows])).astype(q.dtype)
+        ds = p * (dp - inner[rows])
+        ds = (ds if softcap is None else ds * (1 - jnp.square(s / softcap))).astype(q.dtype)
         dq.append(jnp.einsum("bkgts,bksh->bkgth", ds, k[keys]))
         dk = dk.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", ds, q[rows], preferred_element_type=wide(q)))
         dv = dv.at[keys].add(jnp.einsum("bkgts,bkgth->bksh", p.astype(g.dtype), g[rows], preferred_element_type=wide(q)))
-    return jnp.concatenate(dq, -2), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return jnp.concatenate(dq, -2), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)
 
 
-def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, scale=None, softcap=None) -> jax.Array:
+def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, scale=None, softcap=None, bias=None) -> jax.Array:
     """Softmax attention: q [B,T,N,H], k and v [B,S,K,H] -> [B,T,N,H].
 
     q_segments i32[B,T], kv_segments i32[B,S]; `start` is the slot of the first query (the cache's length before it).
+    `window`: how many keys a query sees, itself included (None: all); it may be traced. `softcap` c bounds scores by
+    c tanh(s / c) (Gemma 2, 2408.00118, section 2). `bias` f[N,T,S] or [B,N,T,S] is added to scaled scores (T5).
     """
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -106,9 +113,11 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
     # Heads before time: every product below is then a plain batched matrix product.
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    if causal and T == S and softcap is None and isinstance(start, int):
-        out = _causal(q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
+    if bias is not None:
+        bias = bias.reshape(-1, K, N // K, T, S)
+    if causal and T == S and bias is None and isinstance(start, int):
+        out = _causal(softcap, q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
     else:
         ok = visible(q_segments, kv_segments, start + jnp.arange(T), jnp.arange(S), causal=causal, window=window)
-        out = _plain(q, k, v, ok, scale, softcap)
+        out = _plain(q, k, v, ok, scale, softcap, bias)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)

@@ -1,4 +1,4 @@
-"""Specs, initialisation, the einsum door, norms, rope and the layer stack.
+"""Specs, initialisation, the einsum door, norms and the layer stack.
 
 A model is a nested dict of `Spec`; init, shardings, shape checks, import and counts are maps over it.
 """
@@ -114,6 +114,11 @@ def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
     return y if b is None else y + b.astype(x.dtype)
 
 
+def weight(w, dtype) -> jax.Array:
+    """A weight as a dense array, for the few places that `linear` does not serve."""
+    return w.astype(dtype)
+
+
 def scalar(head, x: jax.Array) -> jax.Array:
     """f[..., D] -> f32[...]. In f32: rewards are compared, and values regressed, at a finer grain than bf16 has."""
     return x.astype(wide(x)) @ head["weight"].astype(wide(x)) + head["bias"].astype(wide(x))
@@ -130,10 +135,11 @@ def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
     return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale, in f32 (Zhang & Sennrich 2019, 1910.07467)."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + scale), in f32 (Zhang & Sennrich 2019, 1910.07467). Gemma stores its scales less 1."""
     f = x.astype(wide(x))
-    return (f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)).astype(x.dtype) * scale.astype(x.dtype)
+    f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)
+    return (f * (offset + scale.astype(f.dtype))).astype(x.dtype) if offset else f.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
@@ -142,20 +148,6 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     f = f - jnp.mean(f, -1, keepdims=True)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)
     return (f * scale + bias).astype(x.dtype)
-
-
-def rope_table(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """i32[B,T] -> cos, sin f32[B,T,1,H/2] (Su et al. 2021, 2104.09864; half-split layout, as in Llama's HF weights)."""
-    freq = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions[..., None, None].astype(jnp.float32) * freq
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate [B,T,N,H] by its positions."""
-    cos, sin = (t.astype(x.dtype) for t in table)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 # -- layers ---------------------------------------------------------------------------------------------------------
@@ -174,8 +166,11 @@ def unstack(params: Tree, layers: int) -> list[Tree]:
     return [treedef.unflatten(p) for p in zip(*pieces)]
 
 
-def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, remat: str = "none"):
-    """x through L layers: block(params_l, x, cache_l) -> (x, cache_l).
+def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, remat: str = "none", each: Tree = ()):
+    """x through L layers: block(params_l, x, cache_l, each_l) -> (x, cache_l). `x` may be any pytree.
+
+    `each` has leaves [L] of what differs from layer to layer and is no weight (a window, say), as NumPy arrays: a scan
+    reads them as it reads weights, and where layers are unrolled they are constants.
 
     scan=True compiles one layer (deep models); False unrolls them, which is faster where L is small, above all when
     decoding, because a scan copies each layer's cache in and out. The cache is stacked or a tuple accordingly.
@@ -183,10 +178,10 @@ def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, r
     if REMAT[remat] is not None:
         block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
     if scan:
-        return jax.lax.scan(lambda h, pc: block(pc[0], h, pc[1]), x, (params, cache))
+        return jax.lax.scan(lambda h, pc: block(pc[0], h, pc[1], pc[2]), x, (params, cache, each))
     out = []
-    for p, c in zip(unstack(params, layers), cache or (None,) * layers):
-        x, c = block(p, x, c)
+    for i, (p, c) in enumerate(zip(unstack(params, layers), cache or (None,) * layers)):
+        x, c = block(p, x, c, jax.tree.map(lambda e: e[i], each))
         out.append(c)
     return x, (tuple(out) if cache is not None else None)
 

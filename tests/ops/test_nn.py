@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxalign.ops import nn
+from jaxalign.ops import nn, rope
 from jaxalign.ops.nn import Spec
 
 
@@ -39,7 +39,7 @@ def test_rope_is_multiplication_by_a_unit_complex_number():
     r = np.random.default_rng(0)
     x = r.standard_normal((2, 5, 3, 8)).astype(np.float32)
     positions = r.integers(0, 1000, (2, 5)).astype(np.int32)
-    got = jax.jit(lambda x, p: nn.rope(x, nn.rope_table(p, 8, 100.0)))(x, positions)
+    got = jax.jit(lambda x, p: rope.rotate(x, rope.table(p, 8, 100.0)))(x, positions)
     z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4))
     np.testing.assert_allclose(got, np.concatenate([z.real, z.imag], -1), atol=2e-4)
 
@@ -54,13 +54,14 @@ def test_embed_and_linear():
 def test_stack_scans_and_unrolls_alike():
     params = {"w": np.random.default_rng(0).standard_normal((3, 4, 4)).astype(np.float32)}
     cache = np.arange(3, dtype=np.float32)
-    block = lambda p, x, c: (jnp.tanh(x @ p["w"]), None if c is None else c + x.sum())
+    block = lambda p, x, c, e: (jnp.tanh(x @ p["w"] + e), None if c is None else c + x.sum())
+    each = np.array([0.1, -0.3, 0.5], np.float32)
     x = np.ones((2, 4), np.float32)
-    unrolled = jax.jit(lambda: nn.stack(block, params, x, tuple(cache), 3, scan=False))()
-    scanned = jax.jit(lambda: nn.stack(block, params, x, cache, 3, scan=True))()
+    unrolled = jax.jit(lambda: nn.stack(block, params, x, tuple(cache), 3, scan=False, each=each))()
+    scanned = jax.jit(lambda: nn.stack(block, params, x, cache, 3, scan=True, each=each))()
     np.testing.assert_allclose(scanned[0], unrolled[0], rtol=1e-6)
     np.testing.assert_allclose(scanned[1], np.stack(unrolled[1]), rtol=1e-6)
-    assert nn.stack(block, params, x, None, 3, scan=False)[1] is None
+    assert nn.stack(block, params, x, None, 3, scan=False, each=each)[1] is None
 
 
 def test_cache_writes_in_order_and_grows():
