@@ -195,7 +195,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     x = spread(x * jnp.asarray(cfg.dim**0.5, x.dtype) if cfg.embed_scale else x)
     table = rope.table(positions, cfg.rotary_width, cfg.rope_theta, cfg.rope_scaling, segments=segments, max_len=cfg.max_len)
     near = rope.table(positions, cfg.rotary_width, cfg.window_theta) if cfg.window_theta else table
-    cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
+    cache, kv_segments, start = nn.cache_open(cache, segments, positions) if cache else (None, segments, 0)
     mixed = len(set(cfg.local)) > 1
     # Where all layers are alike nothing is handed from layer to layer, and XLA sees constants.
     each = {"local": np.array(cfg.local)} if mixed else {}
@@ -210,7 +210,10 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
         q, k = rope.rotate(q, here), rope.rotate(k, here)
         if kv is not None:
             kv, k, v = nn.cache_write(kv, k, v, start)
-        a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start, window=window, scale=cfg.query_scale, softcap=cfg.attn_softcap)
+        at = None if kv is None or window is None else (positions, cache["positions"])
+        a = attend(
+            q, k, v, q_segments=segments, kv_segments=kv_segments, start=start, window=window, positions=at, scale=cfg.query_scale, softcap=cfg.attn_softcap
+        )  # fmt: skip
         a = nn.linear(a.reshape(B, T, -1), p["o"], p.get("o_bias"))
         x = spread(x + (a if cfg.norm == "pre" else norm(a, p["attn_post_norm"])))
         h = norm(x, p["mlp_norm"]) if cfg.norm != "post" else x
@@ -232,7 +235,7 @@ def unembed(cfg: Config, params) -> nn.Unembed:
 
 
 def init_cache(cfg: Config, batch: int, size: int):
-    return nn.init_cache(cfg.layers, batch, size, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype), cfg.scan)
+    return nn.init_cache(cfg.layers, batch, size, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype), cfg.scan, positions=cfg.window is not None)
 
 
 def flops_per_token(cfg: Config, length: int) -> float:

@@ -124,7 +124,7 @@ def _read_windows(a: dict, c: dict, out: dict) -> None:
         if not isinstance(types, list) or len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
             raise UserError(f"layer_types {types!r} must name sliding_attention or full_attention for each of {layers} layers")
         local = [t == "sliding_attention" for t in types]
-    if any(local):
+    if style == "types" or any(local):  # transformers wants Gemma's window even where no layer uses it
         out |= {"window": window, "windowed": tuple(local) if not all(local) else ()}
 
 

@@ -344,7 +344,7 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     if odd := sorted({k.name for k in kinds.values()} - set(DTYPES.values())):
         raise UserError(f"cannot write {', '.join(odd)}; merge or dequantise the params first, or give dtype")
     ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_id", None) for k in ("bos", "eos", "pad")}
-    ids = {k: v for k, v in ids.items() if v is not None}
+    # Written even where there is none: transformers would fill in ids of its own, which the vocabulary may not have.
     config |= {"dtype": max((k.name for k in kinds.values()), key=[k.name for k in kinds.values()].count), **ids}
 
     # Files are planned from the shapes, so that only one of them is ever held in host memory.

@@ -189,8 +189,9 @@ def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, r
 # -- key/value cache ------------------------------------------------------------------------------------------------
 
 
-def init_cache(layers: int, batch: int, size: int, kv_heads: int, width: int, dtype, scan: bool) -> Tree:
+def init_cache(layers: int, batch: int, size: int, kv_heads: int, width: int, dtype, scan: bool, positions: bool = False) -> Tree:
     """Slots are written in order for all rows at once; a slot whose segment is 0 is a hole that nobody sees.
+    `positions`: keep those of the keys too, because a window counts tokens and not slots.
 
     Stored [B,K,S,H], as `attend` multiplies: with time before heads every step would transpose the whole cache.
     """
@@ -199,14 +200,16 @@ def init_cache(layers: int, batch: int, size: int, kv_heads: int, width: int, dt
         kv = {"k": jnp.zeros((layers, *shape), dtype), "v": jnp.zeros((layers, *shape), dtype)}
     else:
         kv = tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(layers))
-    return {"layers": kv, "segments": jnp.zeros((batch, size), jnp.int32), "length": jnp.zeros((), jnp.int32)}
+    slots = {"segments": jnp.zeros((batch, size), jnp.int32), "length": jnp.zeros((), jnp.int32)}
+    return {"layers": kv, **slots, **({"positions": slots["segments"]} if positions else {})}
 
 
-def cache_open(cache: Tree, segments: jax.Array) -> tuple[Tree, jax.Array, jax.Array]:
+def cache_open(cache: Tree, segments: jax.Array, positions: jax.Array | None = None) -> tuple[Tree, jax.Array, jax.Array]:
     """Make room for T new tokens: (cache with their segments, kv segments [B,S], index of the first new slot)."""
     start = cache["length"]
-    seg = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments, start, axis=1)
-    return {**cache, "segments": seg, "length": start + segments.shape[1]}, seg, start
+    new = {"segments": segments} | ({"positions": positions} if "positions" in cache else {})
+    new = {k: jax.lax.dynamic_update_slice_in_dim(cache[k], v, start, axis=1) for k, v in new.items()}
+    return {**cache, **new, "length": start + segments.shape[1]}, new["segments"], start
 
 
 def cache_write(kv: dict, k: jax.Array, v: jax.Array, start: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
@@ -224,4 +227,5 @@ def cache_grow(cache: Tree, size: int) -> Tree:
         axis = x.ndim - 2  # [.., K, S, H]
         return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
 
-    return {**cache, "layers": jax.tree.map(pad, cache["layers"]), "segments": jnp.pad(cache["segments"], ((0, 0), (0, extra)))}
+    slots = {k: jnp.pad(cache[k], ((0, 0), (0, extra))) for k in ("segments", "positions") if k in cache}
+    return {**cache, "layers": jax.tree.map(pad, cache["layers"]), **slots}
