@@ -47,12 +47,12 @@ def load(probabilities: jax.Array, expert: jax.Array, real: jax.Array) -> Load:
     return Load(jax.lax.stop_gradient((hot * real[:, None]).sum(0)), (probabilities * real[:, None]).sum(0), real.sum())
 
 
-def balance(own: Load, everyones: Load | None = None) -> jax.Array:
+def balance(own: Load, share: jax.Array | None = None) -> jax.Array:
     """tokens x E x sum over experts of (share of tokens that chose it) x (mean probability): 1 x k per token where the load
     is even (Fedus et al. 2021, 2101.03961, eq. 4-6; over all layers together, as in transformers).
 
-    A product of two means is no sum over examples. `everyones` is the load of the whole step, without gradient: with it
-    the sum over micro-batches is exactly the loss of the whole batch, and so is its gradient.
+    A product of two means is no sum over examples. `share` f32[E] is that of the whole step, without gradient: with it the
+    sum over micro-batches is exactly the loss of the whole batch, and so is its gradient.
     """
-    share = (everyones or own).chosen / jnp.maximum((everyones or own).tokens, 1.0)
+    share = own.chosen / jnp.maximum(own.tokens, 1.0) if share is None else share
     return share.size * (jax.lax.stop_gradient(share) * own.probability).sum()

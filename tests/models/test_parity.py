@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from jaxalign import shard, tree
 from jaxalign.models import FamilyModel, heads, hf
+from jaxalign.objectives import lm
 from jaxalign.ops import logprob, nn
+from jaxalign.train import step
+from jaxalign.types import Tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -178,6 +181,25 @@ def test_gradients_of_the_loss(cases):
             np.testing.assert_allclose(g, want, atol=1e-4 * max(1.0, float(abs(want).max())), err_msg=f"seed {c.seed} {name}")
 
 
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe"], indirect=True)
+def test_load_balancing_loss(cases):
+    """router_aux x E x sum of f P over all layers at once, with its gradient, where some tokens are padding."""
+    for c in cases:
+        mask = c.ones.copy()
+        if dict(c.model.config.rope_scaling).get("rope_type") != "dynamic":  # there transformers lets the longest row decide for all
+            mask[1, 15:] = 0
+        out = c.torch(input_ids=torch.tensor(c.tokens).long(), attention_mask=torch.tensor(mask), labels=torch.tensor(np.where(mask, c.tokens, -100)).long(), output_router_logits=True)
+        objective = lm.lm(FamilyModel(c.model.family, dataclasses.replace(c.model.config, router_aux=c.torch.config.router_aux_loss_coef)))
+        batch = Tokens(c.tokens, mask.astype(np.float32), mask, c.positions)
+        loss, metrics, got = jax.jit(lambda p: step.gradient(objective, p, {}, (), batch, jax.random.key(0)))(c.params)
+        np.testing.assert_allclose(metrics["aux_loss"], out.aux_loss.item(), rtol=1e-4)
+        np.testing.assert_allclose(loss, out.loss.item(), rtol=1e-4)
+        c.torch.zero_grad(), out.loss.backward()
+        grads = {n: p.grad for n, p in c.torch.named_parameters()}
+        for name, g in named(c, got).items():
+            np.testing.assert_allclose(g, their_gradient(grads, name), atol=1e-4 * max(1.0, float(abs(g).max())), err_msg=f"seed {c.seed} {name}")
+
+
 def named(c, params=None):
     """{HF name: array in HF's layout} of our tree."""
     leaves, out = tree.flat(c.params if params is None else params), {}
@@ -192,7 +214,7 @@ def their_gradient(grads, name):
     """transformers 5 holds experts fused, [E, 2F, D] and [E, D, F], but writes them one by one."""
     import re
 
-    name = name.replace(".block_sparse_moe.", ".mlp.")
+    name = name.replace(".block_sparse_moe.", ".mlp.").replace("embed_out.weight", "lm_head.weight" if "lm_head.weight" in grads else "embed_out.weight")
     if m := re.fullmatch(r"(.*\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight", name):
         stem, e, which = m[1], int(m[2]), m[3]
         if which in ("w2", "down_proj"):
