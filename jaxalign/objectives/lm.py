@@ -23,7 +23,7 @@ def lm(model: Model, *, smoothing: float = 0.0, z_loss: float = 0.0) -> Objectiv
     A mixture of experts adds its load-balancing loss, scaled by the config's `router_aux` (`ops.moe.balance`); `stats`
     looks up the experts' load over the whole step first, so that accumulation gives the same gradient.
     """
-    router = getattr(model.config, "router_aux", 0.0)
+    router = getattr(getattr(model, "config", None), "router_aux", 0.0)
 
     def stats(params, frozen, aux, batch: Tokens):
         load = model.hidden(params, batch.tokens, batch.segments, batch.positions).aux["load"]
