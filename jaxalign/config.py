@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxalign.models import decoder, gpt2, neox
+from jaxalign.models import bert, decoder, gpt2, neox, t5
 from jaxalign.objectives import lm, ppo, preference, reward
 from jaxalign.rl import experience
 from jaxalign.rl.control import KL
@@ -36,7 +36,7 @@ OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
     "hinge": (preference.hinge, "pairs"),
     "ppo": (ppo.ppo, "prompts"),
 }
-FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox}
+FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
 REWARDS = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
 
 # What the data section of each kind of batch has besides what they all have.

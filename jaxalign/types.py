@@ -29,6 +29,14 @@ class Tokens(NamedTuple):
     positions: Array  # i32[B,T]; restart at 0 in every segment
 
 
+class Inputs(NamedTuple):
+    """What the encoder of an encoder-decoder reads, row by row beside the decoder's tokens."""
+
+    tokens: Array  # i32[B,S]
+    segments: Array  # i32[B,S]; the decoder's segment of the same number sees it, 0 = padding
+    positions: Array  # i32[B,S]
+
+
 class Pairs(NamedTuple):
     """One preference per row. ``mask`` marks the completion. A pair whose completion mask is empty weighs 0."""
 

@@ -18,6 +18,22 @@ class FamilyModel:
         """How many positions it knows; None where they are not learned."""
         return getattr(self.family, "positions", lambda config: None)(self.config)
 
+    @property
+    def start(self) -> int | None:
+        """The token that opens a decoder row of an encoder-decoder; None: the model reads no `inputs`."""
+        return getattr(self.family, "start", lambda config: None)(self.config)
+
+    @property
+    def causal(self) -> bool:
+        """Whether it can generate: what it says at t has read no token after t."""
+        return getattr(self.family, "causal", True)
+
+    def scored(self) -> FamilyModel:
+        """The same trunk under a scalar head, without what only an unembedding needs."""
+        if hasattr(self.family, "scored"):
+            return FamilyModel(self.family, self.family.scored(self.config))
+        return FamilyModel(self.family, dataclasses.replace(self.config, tied=True)) if hasattr(self.config, "tied") else self
+
     def specs(self):
         return self.family.specs(self.config)
 
@@ -49,4 +65,6 @@ class Architecture:
     fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # field -> values this code implements, HF's default first
     prefix: str = "model."  # of every tensor but the head's; a trunk saved alone has names without it
     buffers: str = r"$^"  # regex of tensors that older exports carry and nobody needs
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # how older files end a tensor's name -> how it ends now
+    tied_by_file: bool = False  # config.json does not say whether the unembedding is the embedding; the file does
     score: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"head/weight": "score.weight"})  # the classifier's own tensors

@@ -35,5 +35,8 @@ class Scalar:
         return nn.scalar(params["head"], self.trunk.hidden(params["trunk"], tokens, segments, positions).x)
 
     def reward(self, params, tokens, segments, positions) -> jax.Array:
-        """The score of whole rows, read at the last token. -> f32[B]"""
+        """The score of whole rows, read at the last token, or where the family's `pool` looks (BERT: the first). -> f32[B]"""
+        if pool := getattr(getattr(self.trunk, "family", None), "pool", None):
+            x = self.trunk.hidden(params["trunk"], tokens, segments, positions).x
+            return nn.scalar(params["head"], pool(self.trunk.config, params["trunk"], x, segments))
         return nn.last(self.scores(params, tokens, segments, positions), segments)

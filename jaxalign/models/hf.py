@@ -26,18 +26,18 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxalign import shard, tree
-from jaxalign.models import Architecture, FamilyModel, decoder, gpt2, neox
+from jaxalign.models import Architecture, FamilyModel, bert, decoder, gpt2, neox, t5
 from jaxalign.ops.nn import Spec, is_spec
 from jaxalign.types import Tree, UserError
 
-FAMILIES = (decoder, gpt2, neox)
+FAMILIES = (decoder, gpt2, neox, t5, bert)
 ARCHITECTURES = {kind: (family, a) for family in FAMILIES for kind, a in family.HF.items()}
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Fields that do not change the function: token ids (the tokenizer knows them), dropout, bookkeeping, generation.
 HARMLESS = re.compile(
-    r"(architectures|model_type|name_or_path|_name_or_path|transformers_version|dtype|torch_dtype|use_cache|initializer_range"
+    r"(architectures|model_type|name_or_path|_name_or_path|transformers_version|dtype|torch_dtype|use_cache|initializer_range|initializer_factor"
     r"|(bos|eos|pad|sep|cls|unk|mask|decoder_start)_token(_id)?|\w*dropout\w*|[a-z]+_pdrop|task_specific_params|id2label|label2id"
     r"|problem_type|num_labels|return_dict|output_\w+|tokenizer_class|chunk_size_feed_forward|n_ctx|summary_\w+"
     r"|reorder_and_upcast_attn|jaxalign_\w+"
@@ -117,7 +117,8 @@ def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, Arch
     # What is null, false or empty asks for nothing.
     if left := sorted(k for k, v in c.items() if not HARMLESS.fullmatch(k) and v not in (None, False, "", [], {})):
         raise UserError(f"{path}: {', '.join(f'{k} = {c[k]!r}' for k in left)}: not supported, and ignoring it would load another model; remove it if it changes nothing")
-    return FamilyModel(family, dataclasses.replace(cfg, tied=True) if reward and hasattr(cfg, "tied") else cfg), arch, reward
+    made = FamilyModel(family, cfg)
+    return made.scored() if reward else made, arch, reward
 
 
 def _fits(field, value) -> bool:
@@ -136,7 +137,18 @@ def read_config(directory, **overrides) -> FamilyModel:
     overrides: fields of the Config that config.json does not have (scan, remat; here also dtype, of activations).
     """
     directory = Path(directory)
-    return _model(directory / "config.json", _json(directory, "config.json"), overrides)[0]
+    made, arch, _ = _model(directory / "config.json", _json(directory, "config.json"), overrides)
+    if not arch.tied_by_file:
+        return made
+    with contextlib.ExitStack() as stack:
+        return _settled(made, arch, _tensors(directory, stack))
+
+
+def _settled(model: FamilyModel, arch: Architecture, tensors: dict) -> FamilyModel:
+    """The model, tied if its file holds no unembedding, where config.json does not say."""
+    if not arch.tied_by_file:
+        return model
+    return FamilyModel(model.family, dataclasses.replace(model.config, tied=arch.names(model.config)["unembed"][0] not in tensors))
 
 
 def _tensors(directory: Path, stack: contextlib.ExitStack) -> dict:
@@ -187,7 +199,7 @@ def names(model: FamilyModel, reward: bool = False, prefix: str | None = None) -
     table = dict(arch.names(model.config))
     specs = model.specs()
     if reward:
-        specs = {"trunk": {k: v for k, v in specs.items() if k != "unembed"}, "head": _head(model.config.dim)}
+        specs = {"trunk": model.scored().specs(), "head": _head(model.config.dim, arch)}
         table = {f"trunk/{k}": v for k, v in table.items()} | {k: (v, False) for k, v in arch.score.items()}
     out = {}
     for path, spec in tree.flat(specs, is_leaf=is_spec).items():
@@ -208,8 +220,10 @@ def architecture(model: FamilyModel) -> Architecture:
     return kinds[model.config.arch] if len(kinds) > 1 else next(iter(kinds.values()))
 
 
-def _head(dim: int) -> dict:
-    return {"weight": Spec((1, dim), (None, None))}
+def _head(dim: int, arch: Architecture) -> dict:
+    """Specs of transformers' one-label head."""
+    bias = {"bias": Spec((1,), (None,))} if "head/bias" in arch.score else {}
+    return {"weight": Spec((1, dim), (None, None)), **bias}
 
 
 def _check(where, tensors: dict, names: dict, specs: dict, arch: Architecture, cfg, reward: bool):
@@ -222,9 +236,9 @@ def _check(where, tensors: dict, names: dict, specs: dict, arch: Architecture, c
     wrong = [f"missing {n} {list(s)}" for n, s in want.items() if n not in tensors]
     unembed = arch.names(cfg).get("unembed", ("lm_head.weight", False))[0]
     for name in sorted(set(tensors)):
-        file, f = tensors[name]
+        file, f, spelled = tensors[name]
         if name in want:
-            view = f.get_slice(name)
+            view = f.get_slice(spelled)
             if tuple(view.get_shape()) != want[name]:
                 wrong.append(f"{name} has shape {list(view.get_shape())}, the config needs {list(want[name])}")
             elif view.get_dtype() not in DTYPES:
@@ -233,12 +247,18 @@ def _check(where, tensors: dict, names: dict, specs: dict, arch: Architecture, c
             continue
         elif name == unembed and not reward:  # here the config says tied, or the name would be wanted
             embed = names["embed"][0][0]
-            if embed in tensors and not _same(tensors[embed][1], embed, f, name):
+            if embed in tensors and not _same(tensors[embed][1], tensors[embed][2], f, spelled):
                 wrong.append(f"{name} differs from the embedding although the config ties them; set tie_word_embeddings to false")
         else:
             wrong.append(f"unexpected {name} in {file}")
     if wrong:
         raise UserError(f"{where} does not fit its config.json: {_list(wrong)}")
+
+
+def _renamed(name: str, arch: Architecture) -> str:
+    """Today's name of a tensor that an older file may spell otherwise."""
+    end = next((old for old in arch.renamed if name.endswith(old)), "")
+    return name.removesuffix(end) + arch.renamed.get(end, "")
 
 
 def _read(f, name: str) -> np.ndarray:
@@ -266,12 +286,12 @@ def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | N
     directory = Path(directory)
     config = _json(directory, "config.json")
     made, arch, reward = _model(directory / "config.json", config, overrides)
-    cfg = made.config
-    specs = made.specs()
-    specs = {"trunk": specs, "head": _head(cfg.dim)} if reward else specs
-    flat, out = tree.flat(specs, is_leaf=is_spec), {}
     with contextlib.ExitStack() as stack:
         tensors = _tensors(directory, stack)
+        tensors = {_renamed(n, arch): (*v, n) for n, v in tensors.items()}
+        made = _settled(made, arch, tensors)
+        cfg, specs = made.config, made.specs()
+        flat, out = tree.flat({"trunk": specs, "head": _head(cfg.dim, arch)} if reward else specs, is_leaf=is_spec), {}
         # GPT2Model saved without its head (openai-community/gpt2 itself) has no prefix.
         prefix = arch.prefix if any(n.startswith(arch.prefix) for n in tensors) else ""
         for path, spec in flat.items():  # before anything is made per layer or expert: the number may be a hostile one
@@ -281,12 +301,12 @@ def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | N
         table = names(made, reward, prefix)
         _check(directory, tensors, table, flat, arch, cfg, reward)
         for path, spec in flat.items():
-            kinds = {DTYPES[tensors[n][1].get_slice(n).get_dtype()] for n, *_ in table[path]}
+            kinds = {DTYPES[tensors[n][1].get_slice(tensors[n][2]).get_dtype()] for n, *_ in table[path]}
             if dtype is None and len(kinds) > 1:
                 raise UserError(f"{directory}: the layers of {path} have several dtypes ({', '.join(sorted(kinds))}); give one dtype to load them in")
             host = np.empty(spec.shape, jnp.dtype(dtype or kinds.pop()))
             for name, index, transposed in table[path]:
-                value = _read(tensors[name][1], name)
+                value = _read(tensors[name][1], tensors[name][2])
                 host[index] = value.T if transposed else value
             out[path] = _place(host, spec, mesh, rules)
     params = tree.unflat(out)
@@ -294,9 +314,9 @@ def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | N
         bias = config.get("jaxalign_score_bias", 0.0)
         if type(bias) not in (int, float) or not math.isfinite(bias):
             raise UserError(f"{directory}/config.json: jaxalign_score_bias {bias!r} is not a number")
-        weight = params["head"]["weight"]
-        params["head"] = {"weight": _place(np.asarray(weight)[0], Spec(weight.shape[1:], (None,)), mesh, rules)}
-        params["head"]["bias"] = _place(np.asarray(bias, weight.dtype), Spec((), ()), mesh, rules)
+        weight, own = (np.asarray(params["head"].get(k)) for k in ("weight", "bias"))
+        params["head"] = {"weight": _place(weight[0], Spec(weight.shape[1:], (None,)), mesh, rules)}
+        params["head"]["bias"] = _place(own[0] if "head/bias" in arch.score else np.asarray(bias, weight.dtype), Spec((), ()), mesh, rules)
     return made, params
 
 
@@ -320,21 +340,25 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     transformers scores the last token that is not pad_token_id: give it texts padded on the right with another token.
     """
     model, arch = getattr(model, "trunk", model), architecture(model)
-    cfg, reward = model.config, set(params) == {"trunk", "head"}
+    reward = set(params) == {"trunk", "head"}
+    model = model.scored() if reward else model
+    cfg = model.config
     if reward and arch.classifier is None:
         raise UserError(f"transformers has no {arch.causal.split('For')[0]}ForSequenceClassification: a reward model of this family cannot be exported")
     config = {**arch.write(cfg), **{k: v[0] for k, v in arch.fixed.items()}, "use_cache": True}
     config["model_type"] = next(k for k, a in model.family.HF.items() if a is arch)
-    _expressed(model, arch, config)
+    _expressed(model, arch, config, reward)
     config["architectures"] = [arch.classifier if reward else arch.causal]
     specs = model.specs()
     if reward:
         bias = float(shard.to_host(params["head"]["bias"]))
-        if bias and not drop_bias:
+        held = "head/bias" in arch.score
+        if bias and not drop_bias and not held:
             raise UserError(f"the reward head has bias {bias:g}, and {config['architectures'][0]} has none; pass drop_bias=True to leave it out (scores shift, their order stays)")
-        config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} | ({"jaxalign_score_bias": bias} if bias else {})
-        specs = {"trunk": {k: v for k, v in specs.items() if k != "unembed"}, "head": _head(cfg.dim)}
-        params = {"trunk": {k: v for k, v in params["trunk"].items() if k != "unembed"}, "head": {"weight": params["head"]["weight"][None]}}
+        config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} | ({"jaxalign_score_bias": bias} if bias and not held else {})
+        specs = {"trunk": model.specs(), "head": _head(cfg.dim, arch)}
+        head = {k: params["head"][k][None] for k in specs["head"]}
+        params = {"trunk": {k: v for k, v in params["trunk"].items() if k in specs["trunk"]}, "head": head}
     flat, leaves = tree.flat(specs, is_leaf=is_spec), tree.flat(params)
     if wrong := [f"missing {p}" for p in flat if p not in leaves] + [f"unexpected {p}" for p in leaves if p not in flat]:
         raise UserError(f"these params are not those of the model: {_list(wrong)}")
@@ -385,12 +409,12 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     _dump(directory / "config.json", config)
 
 
-def _expressed(model: FamilyModel, arch: Architecture, config: dict) -> None:
+def _expressed(model: FamilyModel, arch: Architecture, config: dict, reward: bool) -> None:
     """Reading back what is about to be written must give this model, or transformers would load another one."""
     fields = {k: v for k, v in config.items() if k not in arch.fixed}
-    again = dataclasses.asdict(model.family.Config(**arch.read(fields)))
-    ours = dataclasses.asdict(model.config)
-    # How activations are computed is not in config.json. Where all layers are windowed there are two ways to say so.
+    again = FamilyModel(model.family, model.family.Config(**arch.read(fields)))
+    again, ours = dataclasses.asdict((again.scored() if reward else again).config), dataclasses.asdict(model.config)
+    # How activations are computed is not in config.json.
     odd = [k for k, v in ours.items() if k not in ("dtype", "scan", "remat") and v != again[k]]
     if odd:
         raise UserError(f"{arch.causal} cannot say {', '.join(f'{k} = {ours[k]!r}' for k in odd)}; set model.arch to an architecture that can, or change the model")

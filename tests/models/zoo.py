@@ -33,6 +33,17 @@ def config(arch: str, seed: int) -> dict:
     vocab = int(r.integers(40, 130))
     if arch == "gpt2":
         return {"vocab_size": vocab, "n_embd": heads * width, "n_layer": layers, "n_head": heads, "n_positions": 64, "n_inner": pick(None, 24)}
+    if arch == "t5":
+        return {
+            "vocab_size": vocab, "d_model": int(r.integers(5, 30)), "d_kv": width, "num_heads": heads, "d_ff": int(r.integers(5, 40)), "num_layers": layers, "num_decoder_layers": int(r.integers(1, 4)),
+            "feed_forward_proj": pick("relu", "gated-gelu", "gated-silu"), "tie_word_embeddings": coin(), "relative_attention_num_buckets": pick(8, 12, 32), "relative_attention_max_distance": int(r.integers(17, 40)),
+            "decoder_start_token_id": pick(0, 3),
+        }  # fmt: skip
+    if arch == "bert":
+        return {
+            "vocab_size": vocab, "hidden_size": heads * width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": int(r.integers(5, 40)), "max_position_embeddings": 64,
+            "type_vocab_size": pick(1, 2), "hidden_act": pick("gelu", "relu", "gelu_new"), "layer_norm_eps": 1e-12,
+        }  # fmt: skip
     # In some families transformers insists on heads x width = hidden_size, in all on a multiple of heads.
     own_width = arch not in ("qwen2", "phi3", "olmo2", "qwen2_moe", "gpt_neox")
     out = {
@@ -98,10 +109,16 @@ def make(arch: str, seed: int, directory, dtype="float32", reward=False, **more)
     import transformers
 
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
-    cls = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    own = {"t5": transformers.T5ForConditionalGeneration, "bert": transformers.BertForMaskedLM}
+    cls = transformers.AutoModelForSequenceClassification if reward else own.get(arch, transformers.AutoModelForCausalLM)
     fields = {**config(arch, seed), **more, **({"num_labels": 1, "pad_token_id": 0} if reward else {})}
     cfg = transformers.AutoConfig.for_model(arch, **fields)
     cfg._experts_implementation = "eager"  # its grouped product wants widths that divide by 16
-    model = loud(cls.from_config(cfg, attn_implementation="eager"), seed).to(getattr(__import__("torch"), dtype))
+    make = cls if arch in own and not reward else lambda c: cls.from_config(c, attn_implementation="eager")
+    model = loud(make(cfg), seed).to(getattr(__import__("torch"), dtype))
+    if arch == "t5" and not model.config.scale_decoder_outputs:  # Flan-T5's: transformers 5 has no other way to make one
+        torch = __import__("torch")
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)).to(model.dtype))
+        model.config.tie_word_embeddings = False
     model.save_pretrained(directory)
     return model

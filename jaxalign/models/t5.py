@@ -1,0 +1,248 @@
+"""T5 and Flan-T5 (Raffel et al. 2019, 1910.10683): encoder and decoder, relative position biases, RMSNorm, unscaled scores.
+
+The encoder reads `inputs`; the decoder's rows begin with the start token (PAD in T5), which is never a target, so that
+index t speaks of token t here as everywhere. Documents of one row are told apart by segments on both sides: a decoder
+token sees the inputs of its own segment.
+
+B batch, T decoder time, S input time, D dim, N heads, H head width, F hidden, V vocab, L layers. Weights are (in, out).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import shard
+from jaxalign.models import Architecture, FamilyModel
+from jaxalign.ops import nn
+from jaxalign.ops.attention import attend
+from jaxalign.ops.nn import Spec
+from jaxalign.types import Inputs, UserError
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "gelu": functools.partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    vocab: int
+    dim: int
+    layers: int  # of the decoder
+    heads: int
+    hidden: int
+    encoder_layers: int | None = None  # None: as many as the decoder's
+    head_dim: int = 64
+    buckets: int = 32  # of distances
+    max_distance: int = 128  # further away is one bucket
+    gated: bool = False  # T5 1.1 and Flan-T5
+    activation: str = "relu"  # relu | gelu_tanh | gelu | silu
+    norm_eps: float = 1e-6
+    tied: bool = True  # the unembedding is the embedding (T5 1.0)
+    scaled: bool = True  # logits times 1 / sqrt(dim) (T5 1.0)
+    start: int = 0  # id that opens every decoder row
+    dtype: str = "float32"
+    scan: bool | None = None
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.encoder_layers is None:
+            object.__setattr__(self, "encoder_layers", self.layers)
+        if self.scan is None:
+            object.__setattr__(self, "scan", self.layers > 16)
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"model.activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.buckets % 4 or self.max_distance <= self.buckets // 2:
+            raise UserError(f"model.buckets {self.buckets} must be a multiple of 4 and half of it less than model.max_distance {self.max_distance}")
+
+
+def model(**config) -> FamilyModel:
+    """`model(vocab=512, dim=128, layers=4, heads=4, hidden=256, head_dim=32)`"""
+    return FamilyModel(sys.modules[__name__], Config(**config))
+
+
+def start(cfg: Config) -> int:
+    """The token that opens a decoder row; that a family has one says that it reads `inputs`."""
+    return cfg.start
+
+
+def specs(cfg: Config):
+    D, F, A, std = cfg.dim, cfg.hidden, cfg.heads * cfg.head_dim, 0.02
+    # Scores are not scaled, so queries are drawn smaller by sqrt(H) (Mesh TensorFlow; transformers does the same).
+    into = lambda n, axis, by=1.0: Spec((D, n), ("embed", axis), nn.normal(by * D**-0.5))
+    back = lambda n, axis: Spec((n, D), (axis, "embed"), nn.normal(n**-0.5))
+    norm = Spec((D,), (None,), nn.ones)
+    attention = lambda p="": {f"{p}q": into(A, "heads", cfg.head_dim**-0.5), f"{p}k": into(A, "heads"), f"{p}v": into(A, "heads"), f"{p}o": back(A, "heads")}
+    mlp = {"mlp_norm": norm, **({"gate": into(F, "mlp")} if cfg.gated else {}), "up": into(F, "mlp"), "down": back(F, "mlp")}
+    side = lambda layer, n: {"layers": nn.stacked(layer, n), "bias": Spec((cfg.buckets, cfg.heads), (None, "heads"), nn.normal(std)), "norm": norm}
+    out = {
+        "embed": Spec((cfg.vocab, D), ("vocab", "embed"), nn.normal(1.0)),
+        "encoder": side({"attn_norm": norm, **attention(), **mlp}, cfg.encoder_layers),
+        "decoder": side({"attn_norm": norm, **attention(), "cross_norm": norm, **attention("cross_"), **mlp}, cfg.layers),
+    }
+    return out if cfg.tied else {**out, "unembed": Spec((cfg.vocab, D), ("vocab", "embed"), nn.normal(D**-0.5))}
+
+
+def bucket(gap: jax.Array, buckets: int, max_distance: int, both_ways: bool) -> jax.Array:
+    """Distance (position of the key less that of the query) -> bucket: near ones each their own, far ones by the logarithm
+    (section 2.1; `_relative_position_bucket` of Mesh TensorFlow)."""
+    offset = 0
+    if both_ways:
+        buckets //= 2
+        offset, gap = jnp.where(gap > 0, buckets, 0), jnp.abs(gap)
+    else:
+        gap = jnp.maximum(-gap, 0)
+    exact = buckets // 2
+    far = jnp.log(jnp.maximum(gap, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact) * (buckets - exact)
+    return offset + jnp.where(gap < exact, gap, jnp.minimum(exact + far.astype(jnp.int32), buckets - 1))
+
+
+def _bias(cfg: Config, table, q_positions, kv_positions, both_ways: bool):
+    """[buckets,N] -> f32[B,N,T,S]."""
+    where = bucket(kv_positions[:, None, :] - q_positions[:, :, None], cfg.buckets, cfg.max_distance, both_ways)
+    return jnp.moveaxis(jnp.take(table, where, axis=0).astype(nn.wide(table)), -1, 1)
+
+
+def _mlp(cfg: Config, p, h):
+    act, up = ACTIVATIONS[cfg.activation], nn.linear(h, p["up"])
+    return nn.linear(act(nn.linear(h, p["gate"])) * up if cfg.gated else act(up), p["down"])
+
+
+def _split(cfg: Config, x):
+    return x.reshape(*x.shape[:-1], cfg.heads, cfg.head_dim)
+
+
+def encode(cfg: Config, params, inputs: Inputs) -> jax.Array:
+    """i32[B,S] -> f[B,S,D], after the encoder's last norm."""
+    side, norm = params["encoder"], lambda x, scale: nn.rms_norm(x, scale, cfg.norm_eps)
+    x = shard.constrain(nn.embed(params["embed"], inputs.tokens, cfg.dtype), "batch", "time", None)
+    bias = _bias(cfg, side["bias"], inputs.positions, inputs.positions, True)
+
+    def block(p, x, _, __):
+        h = norm(x, p["attn_norm"])
+        q, k, v = (_split(cfg, nn.linear(h, p[name])) for name in "qkv")
+        a = attend(q, k, v, q_segments=inputs.segments, kv_segments=inputs.segments, causal=False, scale=1.0, bias=bias)
+        x = shard.constrain(x + nn.linear(a.reshape(*x.shape[:2], -1), p["o"]), "batch", "time", None)
+        return shard.constrain(x + _mlp(cfg, p, norm(x, p["mlp_norm"])), "batch", "time", None), None
+
+    return norm(nn.stack(block, side["layers"], x, None, cfg.encoder_layers, scan=cfg.scan, remat=cfg.remat)[0], side["norm"])
+
+
+def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> nn.Hidden:
+    """With a cache, the first call reads `inputs` and keeps what the decoder needs of them; later ones are given none."""
+    B, T = tokens.shape
+    side, norm = params["decoder"], lambda x, scale: nn.rms_norm(x, scale, cfg.norm_eps)
+    spread = lambda x: shard.constrain(x, "batch", "time", None)
+    if inputs is not None:
+        read = encode(cfg, params, inputs)
+        project = lambda w: _split(cfg, jax.vmap(lambda w: nn.linear(read, w))(w))
+        cross = {"k": project(side["layers"]["cross_k"]), "v": project(side["layers"]["cross_v"])}  # [L,B,S,N,H]
+        seen = inputs.segments
+    elif cache and "cross" in cache:
+        cross, seen = cache["cross"], cache["cross_segments"]
+    else:
+        raise UserError("an encoder-decoder needs `inputs`: this batch has no prompts apart from what is to be written")
+    x = spread(nn.embed(params["embed"], tokens, cfg.dtype))
+    cache, kv_segments, begin = nn.cache_open(cache, segments, positions) if cache else (None, segments, 0)
+    bias = _bias(cfg, side["bias"], positions, cache["positions"] if cache else positions, False)
+
+    def block(p, x, kv, other):
+        h = norm(x, p["attn_norm"])
+        q, k, v = (_split(cfg, nn.linear(h, p[name])) for name in "qkv")
+        if kv is not None:
+            kv, k, v = nn.cache_write(kv, k, v, begin)
+        a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=begin, scale=1.0, bias=bias)
+        x = spread(x + nn.linear(a.reshape(B, T, -1), p["o"]))
+        q = _split(cfg, nn.linear(norm(x, p["cross_norm"]), p["cross_q"]))
+        a = attend(q, other["k"], other["v"], q_segments=segments, kv_segments=seen, causal=False, scale=1.0)
+        x = spread(x + nn.linear(a.reshape(B, T, -1), p["cross_o"]))
+        return spread(x + _mlp(cfg, p, norm(x, p["mlp_norm"]))), kv
+
+    x, layers = nn.stack(block, side["layers"], x, cache and cache["layers"], cfg.layers, scan=cfg.scan, remat=cfg.remat, each=cross)
+    return nn.Hidden(spread(norm(x, side["norm"])), cache and {**cache, "layers": layers, "cross": cross, "cross_segments": seen})
+
+
+def unembed(cfg: Config, params) -> nn.Unembed:
+    return nn.Unembed(params["embed"] if cfg.tied else params["unembed"], scale=cfg.dim**-0.5 if cfg.scaled else 1.0)
+
+
+def init_cache(cfg: Config, batch: int, size: int):
+    return nn.init_cache(cfg.layers, batch, size, cfg.heads, cfg.head_dim, jnp.dtype(cfg.dtype), cfg.scan, positions=True)
+
+
+def flops_per_token(cfg: Config, length: int) -> float:
+    """As `decoder.flops_per_token`, of a decoder token that comes with as many input tokens."""
+    layers = nn.count(specs(cfg)["encoder"]["layers"]) + nn.count(specs(cfg)["decoder"]["layers"])
+    return 6.0 * (layers + cfg.vocab * cfg.dim) + 6.0 * (2 * cfg.encoder_layers + 3 * cfg.layers) * cfg.heads * cfg.head_dim * length
+
+
+# -- Hugging Face (see `models.hf`) ---------------------------------------------------------------------------------
+
+FIELDS = {
+    "vocab": "vocab_size", "dim": "d_model", "encoder_layers": "num_layers", "heads": "num_heads", "hidden": "d_ff", "head_dim": "d_kv",
+    "buckets": "relative_attention_num_buckets", "norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
+SPELLED = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
+
+
+def _read(c: dict) -> dict:
+    out = {ours: c.pop(theirs) for ours, theirs in FIELDS.items()}
+    out |= {"layers": c.pop("num_decoder_layers", None) or out["encoder_layers"], "max_distance": c.pop("relative_attention_max_distance", 128)}
+    gated, _, name = (c.pop("feed_forward_proj", "relu") or "relu").rpartition("-")
+    name = "gelu_new" if gated and name == "gelu" else name  # "gated-gelu" has always meant the tanh form
+    if gated not in ("", "gated") or name not in SPELLED:
+        raise UserError(f"feed_forward_proj {gated}-{name} is not supported; it may be {', '.join(SPELLED)}, or gated- with one of these")
+    c.pop("dense_act_fn", None), c.pop("is_gated_act", None), c.pop("n_positions", None), c.pop("output_past", None)
+    # transformers 4 tied embeddings and scaled logits together; 5 says them apart, and always says tied.
+    tied = c.pop("tie_word_embeddings", True) is not False
+    scaled = c.pop("scale_decoder_outputs", tied)
+    start = c.pop("decoder_start_token_id", None)
+    return {**out, "gated": bool(gated), "activation": SPELLED[name], "tied": tied, "scaled": scaled, "start": 0 if start is None else start}
+
+
+def _write(cfg: Config) -> dict:
+    out = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}
+    name = {v: k for k, v in SPELLED.items()}[cfg.activation]
+    proj = ("gated-" if cfg.gated else "") + ("gelu" if cfg.gated and name == "gelu_new" else name)
+    if cfg.gated and cfg.activation == "gelu":
+        raise UserError("transformers reads gated-gelu as the tanh form; T5 cannot say activation = 'gelu' with gated = True")
+    return {
+        **out, "num_decoder_layers": cfg.layers, "relative_attention_max_distance": cfg.max_distance, "feed_forward_proj": proj,
+        "tie_word_embeddings": cfg.tied, "scale_decoder_outputs": cfg.scaled, "decoder_start_token_id": cfg.start,
+    }  # fmt: skip
+
+
+def _names(cfg: Config) -> dict[str, tuple[str, bool]]:
+    out = {"embed": ("shared.weight", False), "unembed": ("lm_head.weight", False)}
+
+    def layer(side, ours, at, theirs, transposed=True):
+        out[f"{side}/layers/{ours}"] = (f"{side}.block.{{}}.layer.{at}.{theirs}.weight", transposed)
+
+    for side in ("encoder", "decoder"):
+        last = 1 if side == "encoder" else 2
+        for k in "qkvo":
+            layer(side, k, 0, f"SelfAttention.{k}")
+            if side == "decoder":
+                layer(side, f"cross_{k}", 1, f"EncDecAttention.{k}")
+        layer(side, "attn_norm", 0, "layer_norm", False)
+        if side == "decoder":
+            layer(side, "cross_norm", 1, "layer_norm", False)
+        layer(side, "mlp_norm", last, "layer_norm", False)
+        for k, theirs in (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo")) if cfg.gated else (("up", "wi"), ("down", "wo")):
+            layer(side, k, last, f"DenseReluDense.{theirs}")
+        out[f"{side}/bias"] = (f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", False)
+        out[f"{side}/norm"] = (f"{side}.final_layer_norm.weight", False)
+    return out
+
+
+HF = {
+    "t5": Architecture(
+        "T5ForConditionalGeneration", None, _read, _write, _names, prefix="", tied_by_file=True,
+        buffers=r"^(encoder|decoder)\.embed_tokens\.weight$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
+        fixed={"is_encoder_decoder": (True,), "is_decoder": (False,)},
+    )
+}  # fmt: skip
