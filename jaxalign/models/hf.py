@@ -184,6 +184,17 @@ def _names(family, cfg, specs: Tree, reward: bool, prefix: str) -> dict[str, lis
     return out
 
 
+def names(model, reward: bool = False) -> dict[str, list[tuple[str, tuple, bool]]]:
+    """{our leaf: [(HF tensor, index into the leaf's stacked dimensions, whether it is stored transposed), ...]} of a model's
+    checkpoint; reward: of its classifier, leaves "trunk/..." and "head/weight". Raises UserError where there is no HF form."""
+    if not isinstance(model, FamilyModel) or not hasattr(model.family, "HF"):
+        raise UserError(f"{type(model).__name__} has no Hugging Face form; transformers knows the families {', '.join(FAMILIES)}")
+    specs = model.specs()
+    if reward:
+        specs = {"trunk": {k: v for k, v in specs.items() if k != "unembed"}, "head": {"weight": _head(model.config.dim)["weight"]}}
+    return _names(model.family, model.config, specs, reward, model.family.HF["prefix"])
+
+
 def _head(dim: int) -> dict:
     return {"weight": Spec((1, dim), (None, None))}
 
