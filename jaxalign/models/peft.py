@@ -188,10 +188,19 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
             nodes[leaf] = {k: hf._place(v, made[k], mesh, rules) for k, v in host.items()}
         if reward:
             weight = hf._place(hf._read(f, score).astype(np.float32)[0], Spec((model.config.dim,), (None,)), mesh, rules)
-            bias = float((f.metadata() or {}).get("jaxalign_score_bias", 0.0))
+            bias = _bias(directory, (f.metadata() or {}).get("jaxalign_score_bias", "0"))
             head = {"weight": weight, "bias": hf._place(np.asarray(bias, np.float32), Spec((), ()), mesh, rules)}
     out = lora.join(params, nodes)
     return (out, head) if reward else out
+
+
+def _bias(directory: Path, text: str) -> float:
+    try:
+        if math.isfinite(bias := float(text)):
+            return bias
+    except ValueError:
+        pass
+    raise UserError(f"{directory / WEIGHTS}: jaxalign_score_bias {text!r} is not a number")
 
 
 def _grouped(chosen: list[_Module]) -> dict[str, list[_Module]]:
@@ -255,6 +264,8 @@ def save(directory, model, params: Tree, *, base: str | None = None, head: Tree 
         host = {k: np.asarray(shard.to_host(v), np.float32) for k, v in adapters[leaf].items()}
         R = host["b"].shape[-2]
         for m in group:
+            if not host["scale"][m.index]:  # a layer that had no adapter where this was read from
+                continue
             rank[m.name] = R
             value = float(host["scale"][m.index]) * (math.sqrt(R) if rs else R)
             near = round(value)
