@@ -24,8 +24,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxalign import shard, tree
-from jaxalign.models import hf, lora
-from jaxalign.ops.nn import Spec, is_spec
+from jaxalign.models import FamilyModel, hf, lora
+from jaxalign.ops.nn import Spec, is_adapted, is_spec
 from jaxalign.types import Tree, UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,6 +82,23 @@ def modules(model, reward: bool = False) -> dict[str, _Module]:
                 module = name.removesuffix(".weight")
                 out[module] = _Module(module, leaf, index, specs[path])
     return out
+
+
+def begin(model, params: Tree, head: Tree | None, how: lora.Lora | None, key, *, quantised: str = "", path=None, mesh=None, rules: dict | None = None) -> tuple[Tree, Tree | None]:
+    """(params, head) a stage starts to train: the matrices of the layers quantised if it says so, then the adapters of the
+    directory `path`, or fresh ones as `how` says. Raises UserError where the adapters could not be written afterwards."""
+    if not isinstance(model, FamilyModel):
+        raise UserError(f"adapter: {type(model).__name__} multiplies by its own weights; adapters need a family whose matrices go through ops.nn.linear")
+    specs = model.specs()
+    if quantised:
+        params = lora.quantise(params, ((lora.MATRICES, quantised),), specs=specs, mesh=mesh, shard_rules=rules)
+    if path is not None:
+        got = load(path, model, params, head=head, mesh=mesh, rules=rules)
+        return got if head is not None else (got, None)
+    params = lora.attach(params, how, key, specs=specs, mesh=mesh, rules=rules)
+    if hasattr(model.family, "HF"):  # now, not after training
+        check(model, params, head is not None)
+    return params, head
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -239,6 +256,22 @@ def _check(directory: Path, f, want: dict[str, tuple]) -> None:
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
+def check(model, params: Tree, reward: bool = False) -> tuple[dict[str, _Module], dict[str, dict], list[_Module], bool]:
+    """What `save` would write: (all modules, the adapters, the adapted modules, whether DoRA), or its UserError, before any training."""
+    adapters = {k: w for k, w in lora.weights(params).items() if is_adapted(w)}
+    if not adapters:
+        raise UserError("these params have no adapters to write; lora.attach makes them")
+    known = modules(model, reward)
+    chosen = [m for m in known.values() if m.leaf in adapters]
+    if lost := sorted(set(adapters) - {m.leaf for m in chosen}):
+        raise UserError(f"peft has no module of its own for {', '.join(lost)}; leave it out of the targets, or merge the adapters and export the whole model")
+    dora = {"magnitude" in a for a in adapters.values()}
+    if len(dora) > 1:
+        raise UserError("some adapters have DoRA's magnitude and some have not; adapter_config.json can only say all or none")
+    _refuse_kinds("adapters for peft", chosen, model, True in dora)
+    return known, adapters, chosen, True in dora
+
+
 def save(directory, model, params: Tree, *, base: str | None = None, head: Tree | None = None, rs: bool = False) -> None:
     """Write the adapters of `params` for `peft.PeftModel.from_pretrained(base_model, directory)`.
 
@@ -247,21 +280,11 @@ def save(directory, model, params: Tree, *, base: str | None = None, head: Tree 
     rs: say alpha in rsLoRA's way (alpha / sqrt(rank)); the function is the same. In a multi-process run every process calls it.
     Raises UserError where there is nothing to write, or a form that peft does not have.
     """
-    reward, adapters = head is not None, lora.adapters(params)
-    if not adapters:
-        raise UserError("these params have no adapters to write; lora.attach makes them")
-    known = modules(model, reward)
-    chosen = [m for m in known.values() if m.leaf in adapters]
-    if lost := sorted(set(adapters) - {m.leaf for m in chosen}):
-        raise UserError(f"peft has no module of its own for {', '.join(lost)}; merge the adapters and export the whole model")
-    dora = {"magnitude" in a for a in adapters.values()}
-    if len(dora) > 1:
-        raise UserError("some adapters have DoRA's magnitude and some have not; adapter_config.json can only say all or none")
-    (dora,) = dora
-    _refuse_kinds(directory, chosen, model, dora)
+    reward = head is not None
+    known, adapters, chosen, dora = check(model, params, reward)
     tensors, rank, alpha = {}, {}, {}
     for leaf, group in _grouped(chosen).items():
-        host = {k: np.asarray(shard.to_host(v), np.float32) for k, v in adapters[leaf].items()}
+        host = {k: np.asarray(shard.to_host(v), np.float32) for k, v in adapters[leaf].items() if k != "base"}
         R = host["b"].shape[-2]
         for m in group:
             if not host["scale"][m.index]:  # a layer that had no adapter where this was read from
