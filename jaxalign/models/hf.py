@@ -1,6 +1,6 @@
 """Hugging Face directories (config.json and safetensors) <-> a model and its params, strict both ways.
 
-The only file that imports safetensors; there is no pickle path. A family brings its own tables, next to its code:
+With `models.peft` the only file that imports safetensors; there is no pickle path. A family brings its own tables, next to its code:
 
     HF             {"model_type", "causal", "classifier", "prefix"}: what its checkpoints are called
     HF_FIXED       config.json fields that must hold one of the values this code implements, the first being HF's default
