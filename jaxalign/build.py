@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
-from jaxalign.config import OBJECTIVES, REWARDS, base, check_finite, family, fields, imported, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, REWARDS, adapter, adapts, base, check_finite, family, fields, imported, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.rows import read
 from jaxalign.data.templates import TEMPLATES, Template, stop_ids
-from jaxalign.models import heads
+from jaxalign.models import heads, lora, peft
 from jaxalign.objectives import ppo
 from jaxalign.ops import nn
 from jaxalign.ops.advantage import KL_ESTIMATORS
@@ -208,7 +209,8 @@ def prompt_rows(w: World, rows, batch: int) -> sources.Offline:
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
-    """state -> the objective's own metrics over a held-out source, every example once."""
+    """state -> the objective's own metrics over a held-out source, every example once. whole: its params lack nothing (a
+    finished stage's, read back)."""
 
     @jax.jit
     def sums(params, frozen, aux, batch, key):
@@ -217,10 +219,10 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
         out = objective.loss(full, frozen, aux, batch, key, stats)
         return {**out.metrics, **{f"loss/{k}": (t.total, t.weight) for k, t in out.terms.items()}}
 
-    def evaluate(s: state.TrainState, counts: bool = False) -> dict[str, float]:
+    def evaluate(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
         for batch in sources.eval_batches(source):
-            out = sums(s.params, frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
+            out = sums(s.params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
             for k, v in jax.device_get(out).items():
                 total[k] = total.get(k, 0.0) + np.array(v, np.float64)
         tokens = {"tokens": float(total["nll"][1])} if counts else {}
@@ -239,7 +241,7 @@ def peak_flops() -> float | None:
 
 @dataclasses.dataclass
 class Stage:
-    """A stage ready to run: `go()` trains it (or goes on with it) and writes STAGE/params. `specs` are of what is saved."""
+    """A stage ready to run: `go()` trains it (or goes on with it), `save()` writes STAGE/params and, of adapters, STAGE/adapter."""
 
     world: World
     name: str
@@ -254,9 +256,10 @@ class Stage:
     evaluate: Callable | None
     tx: Any
     schedule: Callable
+    adapted: Tree | None = None  # after `go`, if there are adapters: the params before merging
 
     def go(self) -> Tree:
-        """Train to the end; returns (and saves) the weights that later stages start from."""
+        """Train to the end; returns the weights that later stages start from, adapters merged."""
         w, c = self.world, self.config
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
@@ -266,15 +269,21 @@ class Stage:
                 self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
                 shardings=jax.tree.map(lambda x: x.sharding, st),
             )  # fmt: skip
+            if adapts(c):
+                log.event("memory", **lora.memory(st.params, self.base, self.tx))
             length = c.data.get("seq_len") or 0
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
-                flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") else None,
-                peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c),
+                flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") and not adapts(c) else None,
+                peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = tree.merge(st.params, self.base) if self.base is not None else st.params
-            return params["policy"] if c.objective.name == "ppo" else params
+            params = params["policy"] if c.objective.name == "ppo" else params
+            if not adapts(c):
+                return params
+            self.adapted = params
+            return lora.merge(params)
 
     def finish(self, params: Tree) -> Tree:
         """What is saved: for a reward model, with its scores of the candidates it was trained on at mean 0 and std 1."""
@@ -288,7 +297,22 @@ class Stage:
         return rewards.normalise(params, scores)
 
     def save(self, params: Tree) -> None:
+        if self.adapted is not None and hasattr(self.world.model.family, "HF"):
+            trunk, head = (self.adapted["trunk"], params["head"]) if "head" in params else (self.adapted, None)
+            peft.save(self.workdir / "adapter", self.world.model, trunk, base=self.config.init or None, head=head, rs=self.config.adapter.rslora)
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
+
+
+HEADS = ("^head/", r"^value/(head/)?(weight|bias)$")  # what trains beside the adapters
+
+
+def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None) -> tuple[Tree, Tree | None]:
+    """(params, head) of a trunk with the stage's adapters on a frozen, perhaps quantised, base; as given where it asks for none."""
+    if not adapts(c):
+        return params, head
+    path = Path(w.find(c.adapter.path)) if c.adapter.path else None
+    path = path / "adapter" if path and (path / "adapter").is_dir() else path
+    return peft.begin(w.model, params, head, adapter(c), nn.fold(key, "adapter"), quantised=c.adapter.quantise, path=path, mesh=w.mesh, rules=w.rules)
 
 
 def _settings(config: ConfigDict, c: ConfigDict) -> dict:
@@ -317,6 +341,7 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
             Sampling(**plain(c.sampling)), KL(c.rl.beta, c.rl.target, c.rl.horizon)
             if c.rl.epochs < 1 or c.rl.kl_estimator not in KL_ESTIMATORS:
                 raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, and rl.kl_estimator {c.rl.kl_estimator!r} one of {', '.join(KL_ESTIMATORS)}")
+        adapter(c)
         return optim.Optim(**plain(c.optim)), run.Loop(**plain(c.train))
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
@@ -337,20 +362,22 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     prepare = lambda b: b
 
     if kind == "ppo":
-        model, objective, source, params = _make_ppo(w, name, c, options, trunk if trunk is not None else draw(w.model.specs(), "policy"), draw, workdir)
+        model, objective, source, params = _make_ppo(w, name, c, options, trunk, draw, key, frozen)
     else:
         source = data_source(w, c.data, c.data.path, batch, seed)
         if kind in REWARDS:
             model = heads.Scalar(w.model)
-            params = {"trunk": trunk if trunk is not None else draw(w.model.specs(), "trunk"), "head": draw(heads.specs(w.model.config.dim), "head")}
+            trunk = trunk if trunk is not None else draw(w.model.specs(), "trunk")
+            params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head"))))
         else:
-            model, params = w.model, trunk if trunk is not None else draw(w.model.specs(), "policy")
+            model, params = w.model, adapted(w, c, key, trunk if trunk is not None else draw(w.model.specs(), "policy"))[0]
         objective = maker(model, **options)
         if "reference" in c and not (c.reference or c.init):
             if kind in OBJECTIVES:
                 raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
         elif "reference" in c:
-            reference = load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
+            free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
+            reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
             source = WithReference(source, w.model, reference, w.mesh)
             from jaxalign.rl.reference import add_reference
 
@@ -360,18 +387,23 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     remains = None
-    if o.freeze:
-        params, remains = tree.split(params, optim.trainable(o, params))
+    if o.freeze or adapts(c):
+        trained = optim.trainable(o, params)
+        if adapts(c):
+            trained = jax.tree.map(lambda a, b: a and b, trained, lora.trainable(params, HEADS))
+        params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
     return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule)
 
 
-def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, draw: Callable, workdir: Path):
+def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):
     rl, model = c.rl, w.model
     if not c.init:
         raise UserError(f"{name}: ppo needs a policy to start from; set init to a stage or a directory")
-    reference = load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
+    policy, _ = adapted(w, c, key, policy)
+    free = adapts(c) and not rl.reference
+    reference = lora.base(policy) if free else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
     scalar = heads.Scalar(model)
     if ":" in rl.reward:
         scorer, reward_params = rewards.python(imported(rl.reward), w.decode, w.mesh), None
@@ -382,6 +414,12 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, d
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if rl.value == "head":
         value, critic = None, draw(heads.specs(model.config.dim, zero=True), "value")
+    elif rl.value == "reward" and reward_params is not None and adapts(c):
+        if c.adapter.path:
+            raise UserError(f"{name}: adapter.path is the policy's; a critic of its own (rl.value reward) needs adapter.rank instead")
+        # Frozen buffers are never donated, so the critic's base may be the reward model itself; its head trains.
+        critic = {"trunk": adapted(w, c, nn.fold(key, "value"), reward_params["trunk"])[0], "head": jax.tree.map(jnp.copy, reward_params["head"])}
+        value = scalar
     elif rl.value == "reward" and reward_params is not None:
         # A copy: the trained critic's buffers are donated, the reward model's are not.
         value, critic = scalar, load_params(w, rl.reward, scalar.specs(), f"{name}.rl.reward")
@@ -396,6 +434,6 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree, d
     shaping = {k: rl[k] for k in fields(experience.make_experience) if k in rl}
     source = experience.PPOSource(
         prompts, model, value, reference, scorer, sampling(w, c.sampling), w.mesh, epochs=rl.epochs, minibatches=rl.minibatches,
-        kl=KL(rl.beta, rl.target, rl.horizon), seed=w.config.seed, mix=mix, decode=w.decode, **plain(ConfigDict(shaping)),
+        kl=KL(rl.beta, rl.target, rl.horizon), seed=w.config.seed, mix=mix, decode=w.decode, frozen=frozen, **plain(ConfigDict(shaping)),
     )  # fmt: skip
     return model, objective, source, {"policy": policy, "value": critic}

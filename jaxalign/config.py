@@ -17,8 +17,9 @@ from typing import Any, Callable
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxalign.models import bert, decoder, gpt2, neox, t5
+from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
 from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.ops import quant
 from jaxalign.rl import experience
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling
@@ -131,6 +132,16 @@ def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
         },
         "train": {**fields(run.Loop), "steps": 100},
         "optim": fields(optim.Optim),
+        "adapter": {
+            "rank": 0,  # 0: none, every weight is trained
+            "alpha": 16.0,
+            "targets": "",  # regex over parameter names; "": every matrix of the layers
+            "patterns": (),  # more targets: (regex, rank, alpha) each
+            "rslora": False,
+            "dora": False,
+            "quantise": "",  # of the frozen matrices of the layers: bfloat16, int8 or nf4
+            "path": "",  # a PEFT directory, or a stage that wrote one, to start from (with rank 0: it knows its own)
+        },
     }
     if objective in REWARDS:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
@@ -156,6 +167,24 @@ def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
         else:
             c.update({name: values})
     return c
+
+
+def adapts(c: ConfigDict) -> bool:
+    """Whether the stage trains adapters (and heads), not every weight."""
+    return bool(c.adapter.rank or c.adapter.patterns or c.adapter.path)
+
+
+def adapter(c: ConfigDict) -> lora.Lora | None:
+    """What the stage's adapter section asks to attach; None where that is nothing, or a PEFT directory says it."""
+    a = c.adapter
+    if a.quantise not in ("", *quant.KINDS):
+        raise UserError(f"adapter.quantise {a.quantise!r} is unknown; it is empty or one of {', '.join(quant.KINDS)}")
+    if a.quantise and not adapts(c):
+        raise UserError(f"adapter.quantise {a.quantise} freezes the weights, and nothing would train; set adapter.rank")
+    if a.path and (a.rank or a.patterns):
+        raise UserError("adapter.path and adapter.rank: the directory says the ranks; set adapter.rank to 0, or leave path empty")
+    first = ((a.targets or lora.MATRICES, a.rank, a.alpha),) if a.rank else ()
+    return lora.Lora((*first, *plain(a.patterns)), rs=a.rslora, dora=a.dora) if first or a.patterns else None
 
 
 def _known(c: ConfigDict, values: dict, where: str) -> dict:

@@ -84,7 +84,7 @@ def shardings(specs: Tree, mesh: Mesh, rules: dict | None = None) -> Tree:
 def abstract(specs: Tree, mesh: Mesh, rules: dict | None = None, dtype="float32") -> Tree:
     """Tree of Spec -> tree of ShapeDtypeStruct with shardings: what a checkpoint restores into."""
     return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=NamedSharding(mesh, partition(s, mesh, rules))), specs, is_leaf=_is_spec
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype, sharding=NamedSharding(mesh, partition(s, mesh, rules))), specs, is_leaf=_is_spec
     )
 
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jaxalign import shard
-from jaxalign.models import heads
+from jaxalign import shard, tree
+from jaxalign.models import heads, lora
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.train import optim, state, step
 from jaxalign.types import Prompts
@@ -82,3 +82,29 @@ def test_greedy_rollouts_are_the_same(name, meshes):
         np.testing.assert_array_equal(getattr(out["mesh"], f), getattr(out["one"], f), err_msg=f)
     np.testing.assert_allclose(out["mesh"].logp, out["one"].logp, atol=1e-5)
     assert len(set(out["one"].mask.sum(1))) > 1  # some rows stopped early
+
+
+def test_adapters_follow_one_device(meshes):
+    """DPO with DoRA on an nf4 base, in two micro-batches on the mesh: the same curve, adapters where their specs say."""
+    model, rules, how = tiny.LLAMA, ((lora.MATRICES, "nf4"),), lora.Lora(((lora.MATRICES, 2, 4.0),), dora=True)
+    objective, out = tiny.CASES["dpo"][0], {}
+    four = [tiny.pairs(np.random.default_rng(i), 8, 8) for i in range(4)]
+    for k, mesh in meshes.items():
+        dense = jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), tiny.init(model), shard.shardings(model.specs(), mesh))
+        params = lora.attach(lora.quantise(dense, rules, specs=model.specs(), mesh=mesh), how, jax.random.key(3), specs=model.specs(), mesh=mesh)
+        trained, frozen = tree.split(params, lora.trainable(params))
+        tx, _ = optim.make(OPTIM, STEPS, trained)
+        s = state.create(trained, tx, objective, 0, mesh)
+        fn = step.make_step(objective, tx, accumulate=2 if k == "mesh" else 1, shardings=jax.tree.map(lambda x: x.sharding, s))
+        losses = []
+        with jax.set_mesh(mesh):
+            for i in range(STEPS):
+                s, m = fn(s, {"base": frozen}, shard.place(four[i % 4], mesh))
+                losses.append(float(m["loss"]))
+        want = shard.shardings(lora.Adapted(model, how, rules).specs(), mesh)
+        assert jax.tree.map(lambda x: x.sharding, tree.merge(s.params, frozen)) == want
+        assert s.opt_state[0].mu["layers"]["q"]["a"].sharding == want["layers"]["q"]["a"]
+        out[k] = np.array(losses), jax.tree.map(np.asarray, s.params)
+    assert np.abs(out["one"][0][-4:].mean() - out["one"][0][:4].mean()) > 0.01
+    np.testing.assert_allclose(out["mesh"][0], out["one"][0], rtol=2e-5, atol=1e-6)
+    assert tiny.far(out["mesh"][1], out["one"][1]) < 1e-3

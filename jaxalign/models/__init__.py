@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Callable, Mapping
 
+from jaxalign.ops import nn
+
 
 @dataclasses.dataclass(frozen=True)
 class FamilyModel:
@@ -41,7 +43,9 @@ class FamilyModel:
         return self.family.hidden(self.config, params, tokens, segments, positions, inputs=inputs, cache=cache, key=key)
 
     def unembed(self, params):
-        return self.family.unembed(self.config, params)
+        """An adapted or quantised unembedding is made dense here: `ops.logprob` reads its rows many times."""
+        u = self.family.unembed(self.config, params)
+        return u.replace(weight=nn.weight(u.weight))
 
     def init_cache(self, batch, size):
         return self.family.init_cache(self.config, batch, size)

@@ -1,6 +1,6 @@
 """Hugging Face directories (config.json and safetensors) <-> a model and its params, strict both ways.
 
-The only file that imports safetensors; there is no pickle path. A family says how transformers spells it with
+With `models.peft` the only file that imports safetensors; there is no pickle path. A family says how transformers spells it with
 HF = {model_type: `models.Architecture`}, next to its code.
 
 Dropout rates in config.json are ignored: they change training, not the function. Everything else that we do not
@@ -213,8 +213,7 @@ def names(model: FamilyModel, reward: bool = False, prefix: str | None = None) -
 
 def architecture(model: FamilyModel) -> Architecture:
     """How transformers spells the model. Raises UserError where it has no such model."""
-    model = getattr(model, "trunk", model)  # of heads.Scalar
-    if not isinstance(model, FamilyModel):
+    if not isinstance(model, FamilyModel) or not hasattr(model.family, "HF"):
         raise UserError(f"{type(model).__name__} has no Hugging Face form; transformers knows the families {', '.join(sorted(ARCHITECTURES))}")
     kinds = model.family.HF
     return kinds[model.config.arch] if len(kinds) > 1 else next(iter(kinds.values()))
@@ -339,7 +338,8 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     raises UserError unless `drop_bias`, which writes it to config.json as jaxalign_score_bias, where `load` finds it.
     transformers scores the last token that is not pad_token_id: give it texts padded on the right with another token.
     """
-    model, arch = getattr(model, "trunk", model), architecture(model)
+    model = getattr(model, "trunk", model)  # of heads.Scalar
+    arch = architecture(model)
     reward = set(params) == {"trunk", "head"}
     model = model.scored() if reward else model
     cfg = model.config

@@ -16,7 +16,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxalign import shard
 from jaxalign.models import Architecture, FamilyModel
@@ -104,7 +103,7 @@ def bucket(gap: jax.Array, buckets: int, max_distance: int, both_ways: bool) -> 
 def _bias(cfg: Config, table, q_positions, kv_positions, both_ways: bool):
     """[buckets,N] -> f32[B,N,T,S]."""
     where = bucket(kv_positions[:, None, :] - q_positions[:, :, None], cfg.buckets, cfg.max_distance, both_ways)
-    return jnp.moveaxis(jnp.take(table, where, axis=0).astype(nn.wide(table)), -1, 1)
+    return jnp.moveaxis(nn.embed(table, where, jnp.float32), -1, 1)
 
 
 def _mlp(cfg: Config, p, h):

@@ -1,4 +1,4 @@
-"""Specs, initialisation, the einsum door, norms and the layer stack.
+"""Specs, initialisation, the door where weights meet activations, norms and the layer stack.
 
 A model is a nested dict of `Spec`; init, shardings, shape checks, import and counts are maps over it.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import tree
+from jaxalign.ops import quant
 from jaxalign.types import Tree
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -43,6 +44,7 @@ class Spec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Init = zeros
+    dtype: str | None = None  # None: that of the tree it is drawn in; adapters and quantised weights have their own
 
     def __post_init__(self):
         assert len(self.shape) == len(self.axes), f"{self.shape} has {len(self.axes)} axis names"
@@ -61,12 +63,12 @@ def fold(key: jax.Array, *what) -> jax.Array:
 
 def init(specs: Tree, key: jax.Array, dtype="float32") -> Tree:
     """Draw every weight from the key folded with its own name: adding one weight changes no other."""
-    return tree.map_named(lambda path, s: s.init(fold(key, path), s.shape, jnp.dtype(dtype)), specs, is_leaf=is_spec)
+    return tree.map_named(lambda path, s: s.init(fold(key, path), s.shape, jnp.dtype(s.dtype or dtype)), specs, is_leaf=is_spec)
 
 
 def stacked(specs: Tree, layers: int) -> Tree:
     """Specs of one layer -> specs of L of them, leaves [L, ...]."""
-    return jax.tree.map(lambda s: Spec((layers, *s.shape), ("layers", *s.axes), s.init), specs, is_leaf=is_spec)
+    return jax.tree.map(lambda s: Spec((layers, *s.shape), ("layers", *s.axes), s.init, s.dtype), specs, is_leaf=is_spec)
 
 
 def count(specs: Tree) -> int:
@@ -109,14 +111,73 @@ def wide(*xs):
 
 
 def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
-    """The one door: f[..., I] x [I,O] -> f[..., O], in the dtype of x. Adapters and quantised weights will enter here."""
-    y = (rows(x) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
+    """The one door: f[..., I] x [I,O] -> f[..., O], in the dtype of x. w may be adapted or quantised (see below)."""
+    y = _product(rows(x), w)
+    y = y.reshape(*x.shape[:-1], y.shape[-1])
     return y if b is None else y + b.astype(x.dtype)
 
 
-def weight(w, dtype) -> jax.Array:
-    """A weight as a dense array, for the few places that `linear` does not serve."""
-    return w.astype(dtype)
+# A weight may be a dict in the place of its array, which no block ever sees (`models.lora` makes them):
+#   quantised   see `ops.quant`
+#   adapted     {"base" an array [I,O] or quantised, "a" [I,R], "b" [R,O], "scale" [], and for DoRA "magnitude" [O]}
+# W' = W + scale a b (LoRA, Hu et al. 2106.09685), and with DoRA magnitude * W' / |W'| per output (Liu et al. 2402.09353).
+
+
+def is_adapted(w) -> bool:
+    return isinstance(w, dict) and "base" in w and "a" in w
+
+
+def is_weight(w) -> bool:
+    """A leaf of a tree of weights: an array (or Spec), or a node that stands for one."""
+    return not isinstance(w, dict) or is_adapted(w) or quant.is_quantised(w)
+
+
+def _product(x: jax.Array, w) -> jax.Array:
+    """f[n,I] x [I,O] -> f[n,O]"""
+    if is_adapted(w):
+        low = (x @ w["a"].astype(x.dtype)) * w["scale"].astype(x.dtype)
+        y = _frozen(x, w["base"]) + low @ w["b"].astype(x.dtype)
+        return y * (w["magnitude"] * dora_factor(w)).astype(x.dtype) if "magnitude" in w else y
+    return _frozen(x, w) if quant.is_quantised(w) else x @ w.astype(x.dtype)
+
+
+def _frozen(x: jax.Array, w) -> jax.Array:
+    """x times a weight that gets no gradient. What is dequantised or cast for it is made anew in the backward pass: kept,
+    it would be a second copy of the model, in the dtype of the activations (measured in benchmarks/adapters.py)."""
+    if not quant.is_quantised(w) and w.dtype == x.dtype:
+        return x @ w
+
+    def dense(x, w):
+        if quant.is_quantised(w) and "int8" in w:  # the scale is per output, so it may wait for the product
+            return (x @ w["int8"].astype(x.dtype)) * w["scale"].astype(x.dtype)
+        return x @ quant.dequantise(w).astype(x.dtype)
+
+    return jax.checkpoint(dense)(x, w)
+
+
+def dora_factor(w) -> jax.Array:
+    """1 / |W + scale a b| per output, f32[..., O], without gradient (2402.09353 section 4.3; so does peft). 1 where it is 0."""
+    norm = jnp.linalg.norm(jax.lax.stop_gradient(_sum(w)), axis=-2)
+    return 1 / jnp.where(norm > 0, norm, 1)
+
+
+def _sum(w) -> jax.Array:
+    """W + scale a b, at least f32."""
+    base = quant.dequantise(w["base"])
+    return base.astype(wide(base)) + w["scale"][..., None, None] * (w["a"] @ w["b"])
+
+
+def weight(w, dtype=None) -> jax.Array:
+    """The effective weight [..., I, O] of an array or a node, dense: for unembeddings, expert weights and merging.
+
+    dtype None: that of an array, f32 of a node. Gradients flow to a, b and magnitude, through a dense one.
+    """
+    if is_adapted(w):
+        dense = _sum(w)
+        dense = dense * (w["magnitude"] * dora_factor(w))[..., None, :] if "magnitude" in w else dense
+    else:
+        dense = quant.dequantise(w)
+    return dense if dtype is None else dense.astype(dtype)
 
 
 def scalar(head, x: jax.Array) -> jax.Array:
@@ -131,8 +192,15 @@ def last(x: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
-    """[V,D], i32[B,T] -> [B,T,D]. Ids are checked on the host: out of range would clamp silently here."""
-    return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
+    """[V,D], i32[B,T] -> [B,T,D]. Ids are checked on the host: out of range would clamp silently here.
+
+    An adapted table looks up W and a, and multiplies by b; a quantised one is dequantised whole.
+    """
+    if not is_adapted(table):
+        return jnp.take(weight(table), ids, axis=0, mode="clip").astype(dtype)
+    low = embed(table["a"], ids, dtype) * table["scale"].astype(dtype)
+    y = embed(table["base"], ids, dtype) + low @ table["b"].astype(dtype)
+    return y * (table["magnitude"] * dora_factor(table)).astype(dtype) if "magnitude" in table else y
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import shard
+from jaxalign import shard, tree
 from jaxalign.objectives.ppo import states_and_values
 from jaxalign.ops import advantage, nn
 from jaxalign.ops.logprob import before, logprob, targets
@@ -113,11 +113,13 @@ class PPOSource:
         seed: int = 0,
         mix: Source | None = None,
         decode: Callable | None = None,
+        frozen: dict | None = None,
         **options,
     ):
         self.prompts, self.model, self.value, self.reference, self.scorer = prompts, model, value, reference, scorer
         self.sampling, self.mesh, self.epochs, self.minibatches = sampling, mesh, epochs, minibatches
         self.kl, self.seed, self.mix, self.decode, self.options = kl, seed, mix, decode, options
+        self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
         self._metrics, self._samples = {}, []
         self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
@@ -126,10 +128,11 @@ class PPOSource:
         batch = self.prompts.next(state)
         prompts = shard.place(batch._replace(records=()), self.mesh)
         key = nn.fold(state.key, "rollout", self.iteration)
-        rollout = generate(self.model, self.sampling, state.params["policy"], prompts, key, state.step)
+        params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
+        rollout = generate(self.model, self.sampling, params["policy"], prompts, key, state.step)
         scores = self.scorer(rollout, batch)
         self.experience, metrics = make_experience(
-            self.model, self.value, state.params, self.reference, rollout, scores, self.beta, temperature=self.sampling.temperature or 1.0, **self.options
+            self.model, self.value, params, self.reference, rollout, scores, self.beta, temperature=self.sampling.temperature or 1.0, **self.options
         )
         self._metrics = {k: float(v) for k, v in metrics.items()}
         self.beta = self.kl.update(self.beta, self._metrics["objective/kl"], prompts.tokens.shape[0])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxalign import shard, tree
@@ -51,3 +55,17 @@ def abstract(state: TrainState) -> TrainState:
 
 def count(state: TrainState) -> int:
     return tree.size(state.params)
+
+
+def fingerprint(params: Tree) -> str:
+    """16 hex digits of every bit of a tree of arrays, summed where they lie: what is frozen is not in the checkpoints, but a
+    run must not go on with another. Integers only, so meshes and orders of summation do not matter."""
+
+    @jax.jit
+    def total(x):
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)).astype(jnp.uint32)
+        place = sum((jax.lax.broadcasted_iota(jnp.uint32, bits.shape, d) * np.uint32(2654435761 + 2 * d) for d in range(bits.ndim)), jnp.uint32(0))
+        return (bits * (place * np.uint32(2246822519) | 1)).sum(dtype=jnp.uint32)
+
+    sums = {k: int(total(x)) for k, x in tree.flat(params).items()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,346 @@
+"""Adapters in PEFT's form: a directory with adapter_config.json and adapter_model.safetensors <-> `models.lora` nodes.
+
+PEFT names a module where we name a weight: "layers/q" is base_model.model.model.layers.{0, 1, ...}.self_attn.q_proj, with
+lora_A.weight [R,D], lora_B.weight [O,R] and, for DoRA, lora_magnitude_vector [O] for each layer. The names come from the
+family's own table, through `hf.names`. adapter_model.bin is a pickle and is never opened.
+
+Which modules are adapted, and with which rank and alpha, is decided from the config as peft decides it; then the file must
+hold exactly those tensors. Layers of one stacked weight may differ: a smaller rank is filled up with zeros and a layer
+without an adapter is all zeros, both of which compute the same and get no gradient.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxalign import shard, tree
+from jaxalign.models import FamilyModel, hf, lora
+from jaxalign.ops.nn import Spec, is_adapted, is_spec
+from jaxalign.types import Tree, UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Fields that change neither the function nor which tensors there are: bookkeeping, training, how a fresh adapter is drawn.
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type", "task_type", "lora_dropout",
+    "megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "fan_in_fan_out", "layers_pattern",
+}  # fmt: skip
+READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "exclude_modules", "modules_to_save", "bias", "init_lora_weights"}
+# These draw a and b and leave the base alone; the others (pissa, olora, corda, loftq, lora_ga) take something out of it.
+PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+EMBEDDINGS = ("embed", "positions")  # looked up, not multiplied: our last name component
+CLASSIFIERS = {"classifier", "score"}  # what PEFT trains whole beside the adapters of a classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """One HF module that a weight of ours comes from."""
+
+    name: str  # model.layers.0.self_attn.q_proj
+    leaf: str  # layers/q
+    index: tuple[int, ...]  # into the leaf's stacked dimensions
+    spec: Spec  # of the whole leaf
+
+    @property
+    def kind(self) -> str:
+        last = self.leaf.split("/")[-1]
+        return "embedding" if last in EMBEDDINGS else "unembedding" if last == "unembed" else "linear"
+
+    def tensors(self, rank: int, dora: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """{part: (tensor name, shape)} as PEFT writes them."""
+        D, O = self.spec.shape[len(self.index) :]
+        if self.kind == "unembedding":  # ours is [V,D], so its "a" is their B
+            return {"b": (f"{PREFIX}{self.name}.lora_A.weight", (rank, O)), "a": (f"{PREFIX}{self.name}.lora_B.weight", (D, rank))}
+        form = ("lora_embedding_A", "lora_embedding_B") if self.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        out = {"a": (f"{PREFIX}{self.name}.{form[0]}", (rank, D)), "b": (f"{PREFIX}{self.name}.{form[1]}", (O, rank))}
+        return out | ({"magnitude": (f"{PREFIX}{self.name}.lora_magnitude_vector", (O,))} if dora else {})
+
+    def turned(self, part: str, value: np.ndarray) -> np.ndarray:
+        """Between their layout and ours, either way."""
+        return value if part == "magnitude" or self.kind == "unembedding" else value.T
+
+
+def modules(model, reward: bool = False) -> dict[str, _Module]:
+    """{HF module name: where its weight lies in our params} of every matrix that comes from one whole module."""
+    specs = {f"trunk/{k}" if reward else k: s for k, s in tree.flat(model.specs(), is_leaf=is_spec).items()}
+    out = {}
+    for path, entries in hf.names(model, reward).items():
+        for name, index, _ in entries:
+            if name.endswith(".weight") and path in specs and len(specs[path].shape) - len(index) == 2:
+                leaf = path.removeprefix("trunk/") if reward else path
+                module = name.removesuffix(".weight")
+                out[module] = _Module(module, leaf, index, specs[path])
+    return out
+
+
+def begin(model, params: Tree, head: Tree | None, how: lora.Lora | None, key, *, quantised: str = "", path=None, mesh=None, rules: dict | None = None) -> tuple[Tree, Tree | None]:
+    """(params, head) a stage starts to train: the matrices of the layers quantised if it says so, then the adapters of the
+    directory `path`, or fresh ones as `how` says. Raises UserError where the adapters could not be written afterwards."""
+    if not isinstance(model, FamilyModel):
+        raise UserError(f"adapter: {type(model).__name__} multiplies by its own weights; adapters need a family whose matrices go through ops.nn.linear")
+    specs = model.specs()
+    if quantised:
+        params = lora.quantise(params, ((lora.MATRICES, quantised),), specs=specs, mesh=mesh, shard_rules=rules)
+    if path is not None:
+        got = load(path, model, params, head=head, mesh=mesh, rules=rules)
+        return got if head is not None else (got, None)
+    params = lora.attach(params, how, key, specs=specs, mesh=mesh, rules=rules)
+    if hasattr(model.family, "HF"):  # now, not after training
+        check(model, params, head is not None)
+    return params, head
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def _matches(pattern, name: str) -> bool:
+    """As peft: a string is a regex over the whole name; a list holds names or their last components."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in pattern or ())
+
+
+def _by_pattern(patterns: dict, name: str, default):
+    """As peft's rank_pattern and alpha_pattern: the first key that matches the end of the name, as a regex."""
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
+
+
+def read_config(directory) -> dict:
+    """adapter_config.json, checked. Raises UserError for anything that would make it another function than the one we load."""
+    path = Path(directory) / CONFIG
+    c = hf._json(Path(directory), CONFIG)
+    if c.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {c.get('peft_type')!r} is not supported; jaxalign reads LORA (with rsLoRA and DoRA)")
+    if left := sorted(k for k, v in c.items() if k not in HARMLESS | READ and v not in (None, False, "", [], {})):
+        raise UserError(f"{path}: {', '.join(f'{k} = {c[k]!r}' for k in left)}: not supported, and ignoring it would load another function")
+    if c.get("bias", "none") != "none":
+        raise UserError(f"{path}: bias {c['bias']!r} is not supported; only 'none' is, which leaves biases as they are")
+    if c.get("init_lora_weights", True) not in PLAIN_INIT:
+        raise UserError(f"{path}: init_lora_weights {c['init_lora_weights']!r} changes the base weights; convert it with peft's path_initial_model_for_weight_conversion")
+    number = lambda v: type(v) in (int, float) and math.isfinite(v) and v > 0
+    ranks, alphas = c.get("rank_pattern") or {}, c.get("alpha_pattern") or {}
+    for field, values, good in (
+        ("r", [c.get("r")], lambda v: type(v) is int and v > 0),
+        ("lora_alpha", [c.get("lora_alpha")], number),
+        ("rank_pattern", ranks.values() if isinstance(ranks, dict) else [None], lambda v: type(v) is int and v > 0),
+        ("alpha_pattern", alphas.values() if isinstance(alphas, dict) else [None], number),
+        ("use_rslora", [c.get("use_rslora", False)], lambda v: type(v) is bool),
+        ("use_dora", [c.get("use_dora", False)], lambda v: type(v) is bool),
+    ):
+        if not all(map(good, values)):
+            raise UserError(f"{path}: {field} {c.get(field)!r} is not what it should be (ranks are whole numbers above 0, alphas numbers above 0)")
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        v = c.get(field)
+        if not (v is None or isinstance(v, str) or isinstance(v, list) and all(isinstance(x, str) for x in v)):
+            raise UserError(f"{path}: {field} {v!r} is neither a regex nor a list of names")
+    for pattern in [*ranks, *alphas, *(c[f] for f in ("target_modules", "exclude_modules") if isinstance(c.get(f), str))]:
+        try:
+            if len(pattern) > 1000:
+                raise re.error("it is longer than 1000 characters")
+            re.compile(pattern)
+        except re.error as e:
+            raise UserError(f"{path}: {pattern[:100]!r} is not a regular expression: {e}") from None
+    return c
+
+
+def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None, rules: dict | None = None) -> Tree:
+    """`params` of `model` with the adapters of a PEFT directory attached (f32, whatever the file's dtype).
+
+    head: the scalar head {"weight", "bias"} of a reward model whose trunk `params` are; then (params, head) is returned, the head
+    from the directory. With a mesh, adapters go straight to their shards. Raises UserError, before reading any tensor, with
+    everything missing, unexpected or misshaped; for config fields that we do not implement; for a pickle in its place.
+    Source: peft 0.21 (LoraConfig, and `check_target_module_exists` for what matches).
+    """
+    directory = Path(directory)
+    c = read_config(directory)
+    if not os.path.lexists(directory / WEIGHTS):
+        pickled = (directory / "adapter_model.bin").exists()
+        raise UserError(f"{directory} holds no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which can run code and is never opened: convert it to safetensors where you trust it" if pickled else ""))
+    reward = head is not None
+    known = modules(model, reward)
+    whole = set([c["modules_to_save"]] if isinstance(c.get("modules_to_save"), str) else c.get("modules_to_save") or ())
+    if whole - CLASSIFIERS or (whole and not reward) or (reward and "score" not in whole):
+        want = "'score' (and perhaps 'classifier')" if reward else "nothing"
+        raise UserError(f"{directory / CONFIG}: modules_to_save {sorted(whole)}: this model's adapter saves {want} as a whole")
+    chosen = [m for m in known.values() if _matches(c.get("target_modules"), m.name) and not _matches(c.get("exclude_modules"), m.name)]
+    if not chosen:
+        raise UserError(f"{directory / CONFIG}: target_modules {c.get('target_modules')!r} names no module of this model; they are {_some(known)}")
+    _refuse_kinds(directory / CONFIG, chosen, model, c.get("use_dora", False))
+    rank = {m.name: _by_pattern(c.get("rank_pattern") or {}, m.name, c["r"]) for m in chosen}
+    alpha = {m.name: _by_pattern(c.get("alpha_pattern") or {}, m.name, c["lora_alpha"]) for m in chosen}
+    maker = lora.Lora(((".", 1, 1.0),), rs=c.get("use_rslora", False), dora=c.get("use_dora", False))
+    with hf._open(hf._inside(directory, WEIGHTS)) as f:
+        want = {name: shape for m in chosen for name, shape in m.tensors(rank[m.name], maker.dora).values()}
+        score = f"{PREFIX}score.weight"
+        if reward:
+            want[score] = (1, model.config.dim)
+        _check(directory, f, want)
+        nodes = {}
+        for leaf, group in _grouped(chosen).items():
+            *lead, D, O = group[0].spec.shape
+            if maker.dora and len(group) < math.prod(lead):
+                raise UserError(f"{directory}: DoRA adapts {len(group)} of the {math.prod(lead)} layers of {leaf}; jaxalign stacks them, so it must be all or none")
+            R = max(rank[m.name] for m in group)
+            shapes = {"a": (*lead, D, R), "b": (*lead, R, O), "scale": tuple(lead)} | ({"magnitude": (*lead, O)} if maker.dora else {})
+            host = {k: np.zeros(s, np.float32) for k, s in shapes.items()}
+            for m in group:
+                r = rank[m.name]
+                host["scale"][m.index] = maker.scale(r, alpha[m.name])
+                for part, (name, _) in m.tensors(r, maker.dora).items():
+                    value = m.turned(part, hf._read(f, name).astype(np.float32))
+                    room = {"a": (slice(None), slice(r)), "b": (slice(r),), "magnitude": ()}[part]
+                    host[part][(*m.index, *room)] = value
+            made = lora._adapter_specs(group[0].spec, R, 1.0, maker.dora)
+            nodes[leaf] = {k: hf._place(v, made[k], mesh, rules) for k, v in host.items()}
+        if reward:
+            weight = hf._place(hf._read(f, score).astype(np.float32)[0], Spec((model.config.dim,), (None,)), mesh, rules)
+            bias = _bias(directory, (f.metadata() or {}).get("jaxalign_score_bias", "0"))
+            head = {"weight": weight, "bias": hf._place(np.asarray(bias, np.float32), Spec((), ()), mesh, rules)}
+    out = lora.join(params, nodes)
+    return (out, head) if reward else out
+
+
+def _bias(directory: Path, text: str) -> float:
+    try:
+        if math.isfinite(bias := float(text)):
+            return bias
+    except ValueError:
+        pass
+    raise UserError(f"{directory / WEIGHTS}: jaxalign_score_bias {text!r} is not a number")
+
+
+def _grouped(chosen: list[_Module]) -> dict[str, list[_Module]]:
+    out = collections.defaultdict(list)
+    for m in chosen:
+        out[m.leaf].append(m)
+    return out
+
+
+def _some(names) -> str:
+    return hf._list(sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names}), 20)
+
+
+def _refuse_kinds(where, chosen: list[_Module], model, dora: bool) -> None:
+    tied = "unembed" not in model.specs()
+    for m in chosen:
+        if m.leaf == "embed" and tied:
+            raise UserError(f"{where}: {m.name} is tied to the unembedding, which peft leaves as it was and jaxalign would adapt too; adapt the layers only, or untie the model")
+        if m.kind == "unembedding" and dora:
+            raise UserError(f"{where}: DoRA on {m.name} is not supported: its magnitudes are per token in peft and per feature here; leave it out of the targets")
+
+
+def _check(directory: Path, f, want: dict[str, tuple]) -> None:
+    found = set(f.keys())
+    wrong = [f"missing {n} {list(s)}" for n, s in want.items() if n not in found] + [f"unexpected {n}" for n in sorted(found - set(want))]
+    for name in sorted(found & set(want)):
+        view = f.get_slice(name)
+        if tuple(view.get_shape()) != want[name]:
+            wrong.append(f"{name} has shape {list(view.get_shape())}, the model and {CONFIG} need {list(want[name])}")
+        elif view.get_dtype() not in hf.DTYPES:
+            wrong.append(f"{name} is {view.get_dtype()}, jaxalign reads {', '.join(hf.DTYPES)}")
+    if wrong:
+        raise UserError(f"{directory / WEIGHTS} does not fit the model and its {CONFIG}: {hf._list(wrong)}")
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def check(model, params: Tree, reward: bool = False) -> tuple[dict[str, _Module], dict[str, dict], list[_Module], bool]:
+    """What `save` would write: (all modules, the adapters, the adapted modules, whether DoRA), or its UserError, before any training."""
+    adapters = {k: w for k, w in lora.weights(params).items() if is_adapted(w)}
+    if not adapters:
+        raise UserError("these params have no adapters to write; lora.attach makes them")
+    known = modules(model, reward)
+    chosen = [m for m in known.values() if m.leaf in adapters]
+    if lost := sorted(set(adapters) - {m.leaf for m in chosen}):
+        raise UserError(f"peft has no module of its own for {', '.join(lost)}; leave it out of the targets, or merge the adapters and export the whole model")
+    dora = {"magnitude" in a for a in adapters.values()}
+    if len(dora) > 1:
+        raise UserError("some adapters have DoRA's magnitude and some have not; adapter_config.json can only say all or none")
+    _refuse_kinds("adapters for peft", chosen, model, True in dora)
+    return known, adapters, chosen, True in dora
+
+
+def save(directory, model, params: Tree, *, base: str | None = None, head: Tree | None = None, rs: bool = False) -> None:
+    """Write the adapters of `params` for `peft.PeftModel.from_pretrained(base_model, directory)`.
+
+    base: base_model_name_or_path, what peft would load them onto. head: a reward model's; its weight is written as the module
+    "score" that is saved whole, and its bias, for which that has no room, into the file's metadata, where `load` finds it.
+    rs: say alpha in rsLoRA's way (alpha / sqrt(rank)); the function is the same. In a multi-process run every process calls it.
+    Raises UserError where there is nothing to write, or a form that peft does not have.
+    """
+    reward = head is not None
+    known, adapters, chosen, dora = check(model, params, reward)
+    tensors, rank, alpha = {}, {}, {}
+    for leaf, group in _grouped(chosen).items():
+        host = {k: np.asarray(shard.to_host(v), np.float32) for k, v in adapters[leaf].items() if k != "base"}
+        R = host["b"].shape[-2]
+        for m in group:
+            if not host["scale"][m.index]:  # a layer that had no adapter where this was read from
+                continue
+            rank[m.name] = R
+            value = float(host["scale"][m.index]) * (math.sqrt(R) if rs else R)
+            near = round(value)
+            alpha[m.name] = near if abs(value - near) < 1e-5 * max(value, 1) else value
+            for part, (name, _) in m.tensors(R, dora).items():
+                tensors[name] = np.ascontiguousarray(m.turned(part, host[part][m.index]))
+    common = lambda values: collections.Counter(values.values()).most_common(1)[0][0]
+    targets = _short(set(rank), set(known))
+    r, most = common(rank), common(alpha)
+    meta = {"format": "pt"}
+    if reward:
+        tensors[f"{PREFIX}score.weight"] = np.asarray(shard.to_host(head["weight"]), np.float32)[None]
+        meta["jaxalign_score_bias"] = repr(float(shard.to_host(head["bias"])))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": most,
+        "target_modules": targets,
+        "rank_pattern": _pattern(rank, r, known),
+        "alpha_pattern": _pattern(alpha, most, known),
+        "use_rslora": rs,
+        "use_dora": dora,
+        "bias": "none",
+        "fan_in_fan_out": any(not t for p, entries in hf.names(model).items() for _, _, t in entries if p in adapters and p.split("/")[-1] not in (*EMBEDDINGS, "unembed")),
+        "modules_to_save": sorted(CLASSIFIERS) if reward else None,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+    }
+    if jax.process_index() == 0:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, directory / WEIGHTS, metadata=meta)
+        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _short(names: set[str], known: set[str]) -> list[str]:
+    """The shortest endings that name exactly these modules among all: "q_proj", or "attn.c_proj" where mlp.c_proj is another."""
+    out = set()
+    for name in names:
+        parts = name.split(".")
+        endings = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
+        out.add(next(e for e in endings if {k for k in known if k == e or k.endswith(f".{e}")} <= names))
+    return sorted(out)
+
+
+def _pattern(values: dict, default, known) -> dict:
+    """rank_pattern or alpha_pattern: what is not the default, by the shortest endings for each value."""
+    odd = collections.defaultdict(set)
+    for name, v in values.items():
+        if v != default:
+            odd[v].add(name)
+    return {ending: v for v, names in odd.items() for ending in _short(names, set(known))}
