@@ -60,7 +60,6 @@ class Fast:
                 )
         self.vocab_size = max(vocab.values()) + 1
         self.specials = {t["content"]: t["id"] for t in added if t["special"]}
-        # No text may reach these; "<0x41>" would else be read as the byte it names.
         first = next((t for t in _first_of(spec.get("post_processor")) if t in self.specials), None)
         self.names, self.bos_id, self.eos_id, self.pad_id = resolve(about, vocab, where, vocab.get(first))
         if first and self.bos_id == vocab[first]:
@@ -72,11 +71,13 @@ class Fast:
         content = hashlib.sha256(data)
         content.update(json.dumps([self.specials, self.bos_id, self.eos_id, self.pad_id], sort_keys=True).encode())
         self.fingerprint = content.hexdigest()
-        words = [re.escape(t) for t in sorted(self.specials, key=len, reverse=True)]
-        bytewise = [vocab.get(f"<0x{b:02X}>") for b in _SPACE.encode()]
-        if None not in bytewise:
-            words.append("<0x[0-9A-F]{2}>")
-        self._guard = re.compile("|".join(words)) if words else None
+        # No text may reach these by their names: a Unigram would take "</s>", "<unk>" and "<0x41>" for pieces like others.
+        bytewise = {b: vocab.get(f"<0x{b:02X}>") for b in range(256)}
+        names = {*self.specials, *(t for t in ("<unk>", about.names.get("unk_token")) if t in vocab)}
+        self._guarded = {vocab[t] for t in names} | {i for i in bytewise.values() if i is not None}
+        words = [re.escape(t) for t in sorted(names, key=len, reverse=True)] + ["<0x[0-9A-F]{2}>"]
+        self._guard = re.compile("|".join(words))
+        bytewise = [bytewise[b] for b in _SPACE.encode()]
         self._underline = bytewise if None not in bytewise and _SPACE in json.dumps(spec["decoder"], ensure_ascii=False) else None
         self._silent, self._known = set(self.specials.values()), set(vocab.values())
 
@@ -95,9 +96,11 @@ class Fast:
         if self._dummy_prefix and start is not None:
             texts = [" " + t if s and t else t for t, s in zip(texts, start, strict=True)]
         texts = list(texts)
-        odd = [i for i, t in enumerate(texts) if self._underline and _SPACE in t or self._guard and self._guard.search(t)]
         out = [e.ids for e in self._tok.encode_batch_fast(texts, add_special_tokens=False)]
-        for i in odd:
+        for i, t in enumerate(texts):
+            forged = self._guard.search(t) and not self._guarded.isdisjoint(out[i])
+            if not forged and not (self._underline and _SPACE in t):
+                continue
             out[i] = spell(texts[i], self._guard, self._underline, lambda t: self._tok.encode(t, add_special_tokens=False).ids)
         return out
 

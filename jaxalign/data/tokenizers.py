@@ -318,10 +318,10 @@ def load(spec: str) -> Tokenizer:
     """"bytes"; a SentencePiece .model, a tokenizer.json or a .tiktoken file (or its .gz); or a directory, as `save` or the
     Hub has it.
 
-    Of several vocabularies in a directory the first is taken: tokenizer.model (where a tokenizer.json stands beside it, it
-    was made from it: `hub.compare(load(d + "/tokenizer.model"), load(d + "/tokenizer.json"))` says whether they still
-    agree), tokenizer.json, vocab.json with merges.txt, *.tiktoken. What tokenizer_config.json, special_tokens_map.json,
-    added_tokens.json and chat_template.jinja say is read with it.
+    Of several vocabularies in a directory the first is taken: tokenizer.model, tokenizer.json, vocab.json with merges.txt,
+    *.tiktoken. (A tokenizer.json beside a tokenizer.model was made from it; `differences` says whether they still agree. It
+    is taken where tokens were added to the vocabulary, which a .model can not hold.) What tokenizer_config.json,
+    special_tokens_map.json, added_tokens.json and chat_template.jinja say is read with it.
 
     Raises UserError when there is nothing of the kind, or it is damaged.
     """
@@ -343,6 +343,15 @@ def load(spec: str) -> Tokenizer:
     )
 
 
+def differences(directory: str) -> list[hub.Difference]:
+    """Where a directory's tokenizer.model and tokenizer.json part; empty where they agree, or where there are not both."""
+    paths = [os.path.join(directory, f) for f in ("tokenizer.model", "tokenizer.json")]
+    if not os.path.exists(paths[0]) or hub.read_bytes(paths[1]) is None or _is_tiktoken(paths[0]):
+        return []
+    beside = hub.about(directory)
+    return hub.compare(SentencePiece(paths[0], beside), _file(paths[1], beside))
+
+
 def _file(path: str, beside: hub.About) -> Tokenizer:
     from jaxalign.data import fast
 
@@ -358,9 +367,13 @@ def _file(path: str, beside: hub.About) -> Tokenizer:
         return fast.Fast(data, beside, path)
     if name.endswith(".tiktoken") or _is_tiktoken(path):
         return fast.tiktoken(path, about=beside)
-    if name == "tokenizer.model" and (data := hub.read_bytes(os.path.join(os.path.dirname(path), "tokenizer.json"))):
-        beside = dataclasses.replace(beside, files={**beside.files, "tokenizer.json": data})
-    return SentencePiece(path, beside)
+    if name != "tokenizer.model":
+        return SentencePiece(path, beside)
+    there = os.path.join(os.path.dirname(path), "tokenizer.json")
+    data = hub.read_bytes(there)
+    beside = dataclasses.replace(beside, files={**beside.files, **({"tokenizer.json": data} if data else {})})
+    made = SentencePiece(path, beside)
+    return fast.Fast(data, beside, there) if data and made.vocab_size > made.published.vocab_size() else made
 
 
 def _is_tiktoken(path: str) -> bool:
