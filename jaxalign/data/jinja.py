@@ -15,7 +15,6 @@ is taken out. Added tokens that are no special ones (<think>) are words, in mess
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -344,14 +343,17 @@ def _prefix(part: str, whole: str, i: int, what: str, inner: str) -> None:
     )
 
 
+def read(path: str) -> str:
+    """The source in a .jinja file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; name a file with a chat template") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; convert it") from None
+
+
 def literals(source: str) -> tuple[str, ...]:
     """What looks like a special token in a template, for a vocabulary that is still to be trained."""
     return tuple(dict.fromkeys(re.findall(r"<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_\w+>|\[/?[A-Z_]+\]", source)))
-
-
-def nearest_file(path: str) -> str:
-    """' did you mean ...?' among the .jinja files beside."""
-    directory = os.path.dirname(path) or "."
-    files = [f for f in os.listdir(directory) if f.endswith(".jinja")] if os.path.isdir(directory) else []
-    close = difflib.get_close_matches(os.path.basename(path), files, 1)
-    return f"; did you mean {os.path.join(os.path.dirname(path), close[0])!r}?" if close else ""
