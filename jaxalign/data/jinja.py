@@ -122,7 +122,7 @@ def _no_json(value: Any):
 class Jinja:
     """A chat template with the tokens it may write. Made by `template`, which also checks it."""
 
-    name: str
+    name: str = dataclasses.field(compare=False, repr=False)  # where it came from does not change the data
     source: str
     names: tuple[tuple[str, str], ...]  # bos_token, eos_token ... as variables
     specials: tuple[str, ...]  # special tokens of the vocabulary
@@ -270,6 +270,8 @@ def notes(t: Jinja) -> list[str]:
         out.append(f"the template writes {lead!r} before an answer, which is trained with it (a variable such as enable_thinking may change that)")
     if not t.stop:
         out.append("the template ends an answer with no special token of this vocabulary: EOS is put there and trained")
+    if unknown := [x for x in literals(t.source) if x not in t.specials]:
+        out.append(f"this vocabulary has no token for {', '.join(unknown)}: the template's own are spelled out")
     if not t.marked:
         out.append("the template has no generation marks: the mask is found from its prefixes")
     return out
