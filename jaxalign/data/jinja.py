@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -287,7 +288,7 @@ def _said(said: Said, role: str) -> tuple[Message, ...]:
 
 def _unused(text: str) -> list[str]:
     """Three characters that are not in the text."""
-    return [c for c in _INNER if c not in text][:3]
+    return list(itertools.islice((c for c in _INNER if c not in text), 3))
 
 
 def _unmarked(text: str, marks: str) -> tuple[str, list[tuple[int, int]]]:

@@ -10,6 +10,7 @@ Special tokens come from templates, by `special_id`; `encode_with_specials` is f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -241,9 +242,13 @@ def decode_with_specials(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 def cut(text: str, words: Iterable[str]) -> list[str]:
     """The text in parts, such that each of the words found in it (the longest first) is a part of its own."""
-    words = sorted(words, key=len, reverse=True)
-    parts = re.split("(" + "|".join(map(re.escape, words)) + ")", text) if words else [text]
-    return [p for p in parts if p]
+    words = tuple(words)
+    return [p for p in (_any_of(words).split(text) if words else [text]) if p]
+
+
+@functools.lru_cache(16)
+def _any_of(words: tuple[str, ...]) -> re.Pattern:
+    return re.compile("(" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + ")")
 
 
 def train_sentencepiece(
