@@ -154,30 +154,31 @@ class Jinja:
 
     def prompt(self, prompt: Said) -> list[Segment]:
         """Segments of a prompt, up to where the assistant speaks. Nothing in it is trained."""
-        return self._segments(_said(prompt, "user"), open_=True)
+        return self._segments(_untrained(_said(prompt, "user")), open_=True)
 
     def completion(self, prompt: Said, answer: Said) -> list[Segment]:
         """Segments of a prompt and what follows it; the prompt's own assistant turns are not trained."""
-        before = tuple(m._replace(trained=False) for m in _said(prompt, "user"))
-        return self._segments(before + _said(answer, "assistant"))
+        return self._segments(_untrained(_said(prompt, "user")) + _said(answer, "assistant"))
 
     def conversation(self, messages: Sequence[Message]) -> list[Segment]:
         """Segments of a whole conversation, every assistant turn trained unless its message says otherwise."""
         return self._segments(tuple(messages))
 
     def _segments(self, messages: tuple[Message, ...], open_: bool = False) -> list[Segment]:
-        said = json.dumps([m.content for m in messages], ensure_ascii=False)
-        inner, *marks = _unused(said + self.source + self.variables)
-        plain = [{"role": m.role, "content": broken(m.content, self.specials, inner)} for m in messages]
+        inner, *marks = _unused("".join([t for m in messages for t in (m.content, m.more)] + [self.source, self.variables]))
+        plain = [{"role": m.role, "content": broken(m.content, self.specials, inner), **_more(m, self.specials, inner)} for m in messages]
+        tools = {"tools": plain[0].pop("tools")} if plain and "tools" in plain[0] else {}
         turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
         jobs = [(plain, open_), *((plain[:i], True) for i in turns)]
         if not self.stop:
             jobs += [(plain[: i + 1], False) for i in turns]
-        texts = self._texts(jobs, "".join(marks))
+        texts = self._texts(jobs, "".join(marks), **tools)
         (whole, spans), starts, ends = texts[0], texts[1 : 1 + len(turns)], texts[1 + len(turns) :]
         pieces, at = [], 0
         for k, i in enumerate(turns):
             begin = len(starts[k][0])
+            if not messages[i].trained and not whole.startswith(starts[k][0]):
+                continue  # Qwen3 writes a turn's thoughts only while it is the last: then this turn is part of a prompt, as it stands
             _prefix(starts[k][0], whole, i, "the prompt before it", inner)
             end = self._end(whole, begin, ends[k][0] if ends else None, i, inner)
             if begin < at:
@@ -257,8 +258,8 @@ def check(t: Jinja, messages: Sequence[Message] = PROBE) -> None:
             "{% endgeneration %} behind it"
         )
     if len(messages) > 2:  # tokens, not only text: pieces of the prompt must be the same ones
-        first = [s._replace(trained=False) for s in t.prompt(messages[:3])]
-        if [s._replace(trained=False, kind="") for s in out[: len(first)]] != [s._replace(kind="") for s in first]:
+        first = [s._replace(kind="") for s in t.prompt(messages[:3])]
+        if [s._replace(trained=False, kind="") for s in out[: len(first)]] != first:
             raise UserError("a prompt of several turns is written otherwise than the same turns in a conversation")
 
 
@@ -284,6 +285,10 @@ def _dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 def _said(said: Said, role: str) -> tuple[Message, ...]:
     return (Message(role, said),) if isinstance(said, str) else tuple(said)
+
+
+def _untrained(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    return tuple(m._replace(trained=False) for m in messages)
 
 
 def _unused(text: str) -> list[str]:
@@ -342,7 +347,7 @@ def _prefix(part: str, whole: str, i: int, what: str, inner: str) -> None:
     show = lambda t: t[max(0, n - 30) : n].replace(inner, "") + "⟨here⟩" + t[n : n + 30].replace(inner, "")
     raise UserError(
         f"messages[{i}] (assistant): {what} is rendered otherwise alone than in the conversation, so a sampler would continue what "
-        f"was never trained on. Alone: {show(part)!r}; within: {show(whole)!r}. Mend the template or set its variables"
+        f"was never trained on. Alone: {show(part)!r}; within: {show(whole)!r}. Mend the template, set its variables, or train this row's last turn alone (loss_weight 0 on the others)"
     )
 
 
@@ -355,6 +360,18 @@ def read(path: str) -> str:
         raise UserError(f"{path}: {e.strerror}; name a file with a chat template") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; convert it") from None
+
+
+def _more(m: Message, specials: tuple[str, ...], inner: str) -> dict[str, Any]:
+    """What else a message says, its text broken as well where it names a special token."""
+    inside = _edges(specials)[0]
+
+    def walk(x):
+        if isinstance(x, dict):
+            return {k: walk(v) for k, v in x.items()}
+        return [walk(v) for v in x] if isinstance(x, list) else inside.sub(inner, x) if isinstance(x, str) else x
+
+    return walk(json.loads(m.more)) if m.more else {}
 
 
 def literals(source: str) -> tuple[str, ...]:

@@ -79,6 +79,8 @@ class Template:
         for i, m in enumerate(messages):
             if i and messages[i - 1].role == "assistant":
                 out += self._fixed(self.between)
+            if m.role == "tool" or m.calls:
+                raise UserError(f"template {self.name!r} can not write calls of tools; use a chat template (tokenizer.template=hf, or a .jinja file)")
             if m.role == "assistant":
                 out += self._fixed(self.header) + self.answer(m.content, m.trained)
             else:

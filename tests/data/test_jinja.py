@@ -227,6 +227,56 @@ def test_deepseek_as_transformers_writes_it(tmp_path):
     assert forged[0].content in tok.decode(ids)
 
 
+@here
+@pytest.mark.parametrize("name", ["sft/reason_tool_use_demo.jsonl", "sft/glaive_toolcall_en_demo.json"])
+def test_tools_as_transformers_writes_them(name, tmp_path):
+    """Real tool calls under Qwen's templates: the text of apply_chat_template, the assistant's turns trained, no other."""
+    transformers = pytest.importorskip("transformers")
+    from jaxalign.data import formats
+
+    _, templates = sources()
+    tok = tokenizers.load(str(DATA / "tokenizers/gpt2/tokenizer.json.gz")).added(CHATML)
+    tok.save(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    seen = calls = 0
+    for source in (templates["qwen2.5-instruct.jinja"], templates["tokenizers/qwen3/tokenizer_config.json"]):
+        t = jinja.template(source, tok, "qwen")
+        for record, where in list(formats.read(str(DATA / name)))[:60]:
+            try:
+                chat = formats.canonical(record, where)
+            except UserError:
+                continue  # a call that nothing answers, and the like
+            said = [{"role": m.role, "content": m.content, **json.loads(m.more or "{}")} for m in chat.messages]
+            tools = said[0].pop("tools", None)
+            thoughts = any("reasoning_content" in m.more for m in chat.messages)
+            if thoughts and "enable_thinking" in source:  # kept only behind the last question: earlier turns can not be trained with it
+                if [m.role for m in chat.messages].count("user") > 1:
+                    with pytest.raises(UserError, match="last turn alone"):
+                        encode_example(chat, tok, t)
+                messages = tuple(m._replace(trained=False) for m in chat.messages[:-1]) + chat.messages[-1:]
+                ids, mask = encode_example(Chat(messages), tok, t)
+                assert ids[: mask.index(1)] == encode_prompt(messages[:-1], tok, t)
+                assert tokenizers.decode_with_specials(tok, ids) == theirs.apply_chat_template(said, tools=tools, chat_template=source, tokenize=False)
+                continue
+            ids, mask = encode_example(chat, tok, t)
+            text = theirs.apply_chat_template(said, tools=tools, chat_template=source, tokenize=False)
+            assert tokenizers.decode_with_specials(tok, ids) == text
+            seen, calls = seen + 1, calls + any(m.calls for m in chat.messages)
+            stop = tok.special_id("<|im_end|>")
+            assert sum(i == stop and k for i, k in zip(ids, mask)) == sum(m.role == "assistant" for m in chat.messages)
+            if calls:
+                trained = tok.decode([i for i, k in zip(ids, mask) if k])
+                assert all(c["function"]["name"] in trained for m in said for c in m.get("tool_calls", ()))
+                assert not any(m.content in trained for m in chat.messages if m.role == "tool" and len(m.content) > 40)
+    assert seen > 30 and calls > 10
+
+
+def test_built_in_templates_write_no_calls(tok):
+    call = json.dumps({"tool_calls": [{"function": {"name": "add"}}]})
+    with pytest.raises(UserError, match="can not write calls of tools; use a chat template"):
+        encode_example(Chat((U("u"), Message("assistant", "", True, call), Message("tool", "4"), A("a"))), tok, TEMPLATES["chatml"])
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 
