@@ -246,6 +246,13 @@ def test_validate_says_what_there_is(talk, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_validate_a_pipeline_that_has_not_run(capsys, tmp_path):
+    run("validate", f"--config={runs.ROOT / 'configs/quickstart.py'}:smoke", f"--workdir={tmp_path / 'run'}")
+    out = capsys.readouterr().out
+    assert '"trained_stops": 2000' in out and "data/rankings.jsonl is not written yet" in out and out.endswith("valid\n")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "old, new, flags, said",
     [

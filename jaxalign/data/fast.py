@@ -60,6 +60,8 @@ class Fast:
                 )
         self.vocab_size = max(vocab.values()) + 1
         self.specials = {t["content"]: t["id"] for t in added if t["special"]}
+        sides = {t["content"]: "l" * bool(t.get("lstrip")) + "r" * bool(t.get("rstrip")) for t in added if t["special"]}
+        self.strips = {t: s for t, s in sides.items() if s}
         first = next((t for t in _first_of(spec.get("post_processor")) if t in self.specials), None)
         self.names, self.bos_id, self.eos_id, self.pad_id = resolve(about, vocab, where, vocab.get(first))
         if first and self.bos_id == vocab[first]:

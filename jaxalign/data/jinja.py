@@ -30,7 +30,7 @@ from typing import Any, Mapping, Sequence
 
 from jaxalign.data.examples import Message, Said
 from jaxalign.data.templates import Segment
-from jaxalign.data.tokenizers import Tokenizer, cut
+from jaxalign.data.tokenizers import Tokenizer, cut, stripped, strips
 from jaxalign.types import UserError
 
 SECONDS = 5.0  # a real template takes a thousandth of one
@@ -130,6 +130,7 @@ class Jinja:
     variables: str = "{}"  # more variables, as JSON: {"enable_thinking": false, "tools": [...]}
     stop: str | None = None  # the special token that ends an assistant's turn; None: the template writes none, EOS is put there
     tail: str = ""  # what it writes after an answer where there is no stop token
+    strips: tuple[tuple[str, str], ...] = ()  # special tokens that swallow blanks, and on which sides
     chat: bool = True
     sandbox: Sandbox = dataclasses.field(default_factory=Sandbox, compare=False, repr=False)
 
@@ -196,14 +197,15 @@ class Jinja:
                 pieces.append((end, end, trained, "stop"))
             at = end
         pieces.append((at, len(whole), False, "text"))
+        parts = [(p, *rest) for a, b, *rest in pieces for p in (cut(whole[a:b], self.specials) if b > a else [""])]
+        texts = stripped([p for p, *_ in parts], self.specials, dict(self.strips))
         out = [Segment("", kind="opened")]  # BOS or none is the template's to decide
-        for a, b, trained, kind in pieces:
-            if kind == "stop":
-                out.append(Segment("", trained, "stop"))
-            for part in cut(whole[a:b], self.specials):
-                special = part in self.specials
-                ends_turn = special and part == self.stop and b <= at and kind == "answer"
-                out.append(Segment(part.replace(inner, ""), trained, "stop" if ends_turn else "special" if special else "answer"))
+        for text, (_, trained, kind) in zip(texts, parts):
+            special = text in self.specials
+            if kind == "stop" or special and text == self.stop and kind == "answer":
+                out.append(Segment(text, trained, "stop"))
+            elif text:
+                out.append(Segment(text.replace(inner, ""), trained, "special" if special else "answer"))
         return out
 
     def _end(self, whole: str, begin: int, alone: str | None, i: int, inner: str) -> int:
@@ -221,7 +223,8 @@ class Jinja:
 
 def template(source: str, tokenizer: Tokenizer, name: str = "hf", variables: Mapping[str, Any] | None = None) -> Jinja:
     """A chat template that can be trained with. Raises UserError for one that can not (see `check`)."""
-    t = Jinja(name, source, tuple(sorted(tokenizer.names.items())), tuple(tokenizer.specials), json.dumps(variables or {}, sort_keys=True))
+    names, swallow = tuple(sorted(tokenizer.names.items())), tuple(sorted(strips(tokenizer).items()))
+    t = Jinja(name, source, names, tuple(tokenizer.specials), json.dumps(variables or {}, sort_keys=True), strips=swallow)
     said = _said("Cobalt 7?", "user") + _said("Vermilion 9.", "assistant")
     messages = [{"role": m.role, "content": m.content} for m in said]
     whole = t.render(messages)

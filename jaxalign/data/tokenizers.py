@@ -222,9 +222,30 @@ def spell(text: str, guard: re.Pattern | None, underline: list[int] | None, enco
 def encode_with_specials(tokenizer: Tokenizer, text: str, start: bool = False) -> list[int]:
     """Ids of a text in which special tokens mean themselves: only for text that a template wrote, never for a user's."""
     out: list[int] = []
-    for k, part in enumerate(cut(text, tokenizer.specials)):
+    for k, part in enumerate(stripped(cut(text, tokenizer.specials), tokenizer.specials, strips(tokenizer))):
         special = tokenizer.special_id(part)
         out += tokenizer.encode(part, start and k == 0) if special is None else [special]
+    return out
+
+
+def strips(tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens that swallow the blanks before them ("l"), after them ("r") or both, as Phi-3's do."""
+    return getattr(tokenizer, "strips", {})
+
+
+def stripped(parts: Sequence[str], specials: Iterable[str], strips: Mapping[str, str]) -> list[str]:
+    """The parts of a text (see `cut`), less the blanks that the special tokens among them swallow."""
+    if not strips:
+        return list(parts)
+    out = list(parts)
+    for step, side, strip in ((1, "r", str.lstrip), (-1, "l", str.rstrip)):
+        swallows = False
+        for i in range(len(out))[::step]:
+            if out[i] in specials:
+                swallows = side in strips.get(out[i], "")
+            elif swallows:
+                out[i] = strip(out[i])
+                swallows = not out[i]
     return out
 
 

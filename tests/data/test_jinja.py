@@ -209,6 +209,27 @@ def test_a_prompt_and_its_answer_as_transformers_writes_them(tok, theirs):
                 assert encode_prompt(chat[:-1], tok, t) == list(prompt["input_ids"])
 
 
+def test_tokens_that_swallow_blanks(tmp_path):
+    """Phi-3's special tokens take the line break behind them; so must ours, and a prompt stays a prefix."""
+    transformers = pytest.importorskip("transformers")
+    from jaxalign.data.fast import Fast
+
+    spec = json.loads(byte_level())
+    for t in spec["added_tokens"]:
+        t["rstrip"], t["lstrip"] = t["content"] == "<|im_start|>", t["content"] == "<|im_end|>"
+    tok = Fast(json.dumps(spec).encode())
+    tok.save(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    source = "{% for m in messages %}{{ m.role + '\\n' + m.content + ' \\n<|im_end|>\\n<|im_start|>\\n\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    t = jinja.template(source, tok, "phi")
+    chat = (U("the cat"), A("sat on"), U(" the "), A("mat"))
+    ids, mask = encode_example(Chat(chat), tok, t)
+    assert ids == list(theirs.apply_chat_template(dicts(chat), chat_template=source, return_dict=True)["input_ids"])
+    assert tokenizers.encode_with_specials(tok, t.render(dicts(chat))) == ids and shown(ids, mask, tok).count("⟦") == 2
+    prompt = encode_prompt(chat[:3], tok, t)
+    assert ids[: len(prompt)] == prompt and "\n\n" not in tok.decode(ids)
+
+
 @here
 def test_deepseek_as_transformers_writes_it(tmp_path):
     transformers = pytest.importorskip("transformers")
