@@ -36,7 +36,12 @@ class Fast:
 
     def __init__(self, data: bytes, about: About = About(), where: str = "tokenizer.json"):
         self._state = data, about, where
-        spec = _spec(data, where)
+        try:
+            self._init(_spec(data, where), data, about, where)
+        except (AttributeError, IndexError, KeyError, TypeError) as e:  # JSON, but of another shape
+            raise UserError(f"{where}: not a tokenizer.json ({type(e).__name__}: {e}); fetch it again") from None
+
+    def _init(self, spec: dict[str, Any], data: bytes, about: About, where: str):
         self._dummy_prefix = _verbatim(spec)
         for key in ("truncation", "padding"):
             spec[key] = None
@@ -98,7 +103,10 @@ class Fast:
         if self._dummy_prefix and start is not None:
             texts = [" " + t if s and t else t for t, s in zip(texts, start, strict=True)]
         texts = list(texts)
-        out = [e.ids for e in self._tok.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            out = [e.ids for e in self._tok.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as e:  # the package raises bare Exception, as for a text that the vocabulary can not spell
+            raise UserError(f"{self._state[2]}: can not encode this text ({e}); use another tokenizer") from None
         for i, t in enumerate(texts):
             forged = self._guard.search(t) and not self._guarded.isdisjoint(out[i])
             if not forged and not (self._underline and _SPACE in t):

@@ -120,6 +120,8 @@ def resolve(a: About, ids: Mapping[str, int], where: str, bos: int | None = None
     Raises UserError where nothing says which token is EOS.
     """
     tokens = {i: t for t, i in ids.items()}
+    if a.names.get("eos_token", "") not in ids and "eos_token" in a.names:
+        raise UserError(f"{where}: the vocabulary has no {a.names['eos_token']!r}, which the files beside it name as EOS; they belong to another")
     names = {k: tokens[i] for k, i in a.ids.items() if i in tokens} | {k: t for k, t in a.names.items() if t in ids}
     if "eos_token" not in names:
         eos = next((t for t in _EOS if t in ids), None)

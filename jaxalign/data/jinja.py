@@ -318,7 +318,7 @@ def _unmarked(text: str, marks: str) -> tuple[str, list[tuple[int, int]]]:
 def broken(text: str, specials: tuple[str, ...], inner: str) -> str:
     """The text with ``inner`` inside all that is, or might become with what a template writes around it, a special token.
 
-    Stripping and comparing with other words go on as before: nothing is put at the ends, and nothing in ordinary text.
+    Stripping goes on as before, for blanks at the ends stay there; and so does comparing, for ordinary text stays as it is.
     """
     inside, begins, ends = _edges(specials)
     text = inside.sub(inner, text)
@@ -330,7 +330,7 @@ def broken(text: str, specials: tuple[str, ...], inner: str) -> str:
     if any(bare[-n:] in begins for n in range(1, min(longest, len(bare)) + 1)):
         text = text[:end] + inner + text[end:]
     if any(bare[:n] in ends for n in range(1, min(longest, len(bare)) + 1)) or len(bare) < longest and any(bare in s for s in specials):
-        text = text[: at + 1] + inner + text[at + 1 :]
+        text = text[:at] + inner + text[at:]
     return text
 
 

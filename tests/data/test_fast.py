@@ -212,6 +212,8 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         ({"tokenizer.json": good.replace(b"</s>", b"<eot>").replace(b"<|im_end|>", b"<|im_stop|>")}, "nothing says which token is EOS"),
         ({"tokenizer.json": good, "tokenizer_config.json": b"{"}, "tokenizer_config.json: no JSON"),
         ({"tokenizer.json": good, "tokenizer_config.json": b"[1]"}, "must be an object"),
+        ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [{"id": 0}]}'}, "not a tokenizer.json .KeyError"),
+        ({"tokenizer.json": good, "tokenizer_config.json": b'{"eos_token": "<eot>"}'}, "has no '<eot>', which the files beside it name as EOS"),
         ({"tokenizer.json": good, "added_tokens.json": b'{"<x>": 9000}'}, "should have id 9000"),
         ({"tokenizer.json.gz": gzip.compress(good)[:300]}, "tokenizer.json.gz"),
         ({"tokenizer.json": good, "chat_template.jinja": b"\xff"}, "not UTF-8"),

@@ -446,3 +446,19 @@ def test_names_and_files(tok, tmp_path):
         chosen.template("hf", None, tok)
     with pytest.raises(UserError, match="must be a JSON object"):
         chosen.template(str(path), PLAINEST, tok, "[1]")
+
+
+parts = st.text("<|ab> \n", max_size=5)
+
+
+@settings(max_examples=400, deadline=None)
+@given(before=parts, said=parts, after=parts, trim=st.booleans())
+def test_no_message_completes_a_token_that_a_template_began(before, said, after, trim):
+    """Whatever stands around it, and stripped or not: special tokens are those the template has without the message."""
+    specials = ("<|a|>", "<|ab|>", "<b>", "ab")
+    text = jinja.broken(said, specials, "\ue000")
+    assert text.replace("\ue000", "") == said
+    text = text.strip() if trim else text
+    found = [p for p in tokenizers.cut(before + text + after, specials) if p in specials]
+    alone = lambda t: [p for p in tokenizers.cut(t, specials) if p in specials]  # noqa: E731
+    assert found == alone(before) + alone(after) or not text.strip("\ue000 \n")  # blank messages: the template's text meets itself
