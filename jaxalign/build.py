@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
 from jaxalign.config import OBJECTIVES, REWARDS, adapter, adapts, base, check_finite, family, fields, imported, nearest, plain, preset, stage, stages
-from jaxalign.data import sources
+from jaxalign.data import chosen, hub, sources
 from jaxalign.data import tokenizers as toks
+from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
-from jaxalign.data.templates import TEMPLATES, Template, stop_ids
+from jaxalign.data.templates import Template, stop_ids
 from jaxalign.models import heads, lora, peft
 from jaxalign.objectives import ppo
 from jaxalign.ops import nn
@@ -48,7 +49,7 @@ class World:
     mesh: jax.sharding.Mesh
     rules: dict
     tokenizer: toks.Tokenizer
-    template: Template
+    template: Template | Jinja
     model: Model
 
     def find(self, path: str) -> str:
@@ -69,11 +70,11 @@ class World:
 def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
     """Mesh, tokenizer and model. Trains the tokenizer if the config says on what and it is not there yet."""
     check_finite(config)
-    if config.tokenizer.template not in TEMPLATES:
-        raise UserError(f"tokenizer.template {config.tokenizer.template!r} is unknown;{nearest(config.tokenizer.template, list(TEMPLATES))}")
-    template = TEMPLATES[config.tokenizer.template]
     mesh = _mesh(config)
-    tokenizer = _tokenizer(config, Path(workdir), template)
+    name = config.tokenizer.template
+    source = chosen.source(name, [str(workdir)])
+    tokenizer = _tokenizer(config, Path(workdir), chosen.specials(name, source))
+    template, tokenizer = chosen.template(name, source, tokenizer, config.tokenizer.get("variables") or "")
     rules = dict(config.rules)
     return World(config, Path(workdir), mesh, rules, tokenizer, template, _model(config.model, tokenizer))
 
@@ -82,7 +83,7 @@ def _mesh(config: ConfigDict):
     return shard.make_mesh({k: int(v) for k, v in config.mesh.items()})
 
 
-def _tokenizer(config: ConfigDict, workdir: Path, template: Template) -> toks.Tokenizer:
+def _tokenizer(config: ConfigDict, workdir: Path, specials: tuple[str, ...]) -> toks.Tokenizer:
     c = config.tokenizer
     if c.path:
         inside = workdir / c.path
@@ -93,7 +94,7 @@ def _tokenizer(config: ConfigDict, workdir: Path, template: Template) -> toks.To
             paths = [str(workdir / p if (workdir / p).exists() else p) for p in c.train_on.split(",")]
             texts = (_text(r, where) for r, where in read(paths))
             temp = own.with_suffix(f".{os.getpid()}.tmp")
-            toks.train_sentencepiece(texts, str(temp), config.model.vocab, c.kind, specials=template.specials)
+            toks.train_sentencepiece(texts, str(temp), config.model.vocab, c.kind, specials=specials)
             os.replace(temp, own)
         barrier("tokenizer")
     if own.exists():
@@ -186,6 +187,8 @@ def imported_config(name: str, hf: str, model: Model) -> dict:
     """What `trained` reads of weights that came from HF form."""
     c = base(name)
     c.model.path = c.tokenizer.path = str(Path(hf).absolute())
+    if hub.about(hf).chat_template:
+        c.tokenizer.template = "hf"
     return {**plain(c), "stage": name, "objective": "lm"}
 
 

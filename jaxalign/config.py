@@ -99,8 +99,9 @@ def base(name: str, **model: Any) -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1},
             "rules": (),  # (logical axis, mesh axis) pairs that replace those of shard.RULES
             "model": {"family": name_of_family, "path": "", **shape, **fields(family(name_of_family).Config), **model},
-            # path: a directory, a .model file or "bytes"; train_on: a file of text. Neither: that of model.path, else bytes.
-            "tokenizer": {"path": "", "train_on": "", "kind": "unigram", "template": "plain"},
+            # path: a directory, a vocabulary's file or "bytes"; train_on: a file of text. Neither: that of model.path, else bytes.
+            # template: plain, chatml, human_assistant, "hf" (the tokenizer's own) or a .jinja file; variables: JSON, for Jinja.
+            "tokenizer": {"path": "", "train_on": "", "kind": "unigram", "template": "plain", "variables": ""},
             "tensorboard": False,
         }
     )

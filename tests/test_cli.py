@@ -212,9 +212,76 @@ def test_sample_and_the_way_to_hugging_face_and_back(road, capsys):
 
 def test_inspect(road, capsys, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
-    run("inspect", "--config=configs/sft.py", f"--config.model.path={road / 'hf'}", f"--config.stage.data.path={road / 'sft.jsonl'}", f"--workdir={road / 'i'}", "--config.stage.data.seq_len=32")
+    run("inspect", "--config=configs/sft.py", f"--config.model.path={road / 'hf'}", f"--config.stage.data.path={road / 'sft.jsonl'}", f"--workdir={road / 'i'}", "--config.stage.data.seq_len=32", f"--html={road / 'i.html'}")
     out = capsys.readouterr().out
-    assert '"examples": 40' in out and re.search(r"<bos>.*\[<eos>\]", out) and "mesh: {'data': 1" in out
+    assert '"examples": 40' in out and re.search(r"<s>.*\[</s>\]", out) and "mesh: {'data': 1" in out
+    page = (road / "i.html").read_text()
+    assert re.search(r'class="t x" title="\d+">&lt;/s&gt;</span>', page) and not re.search(r"<script|src=|href=", page)
+
+
+CHAT = """{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory):
+    """Conversations, a vocabulary with a chat template, and the flags of a run on them."""
+    from jaxalign.data import hub, tokenizers
+
+    d = tmp_path_factory.mktemp("talk")
+    words = [f"{a} {b}" for a in ("cat", "dog", "sun") for b in ("tea", "sea")]
+    rows = [{"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]} for w in words]
+    (d / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    t = tokenizers.train_sentencepiece([f"say {w} user assistant" for w in words], str(d / "x.model"), 282, "bpe", specials=["<|im_start|>", "<|im_end|>"])
+    t.carrying(hub.with_template(t.beside, CHAT)).save(str(d / "tok"))
+    return d, [
+        f"--config={runs.ROOT / 'configs/sft.py'}", *(f"--config.model.{s}" for s in SMALL), *QUICK, f"--config.stage.data.path={d / 'chat.jsonl'}",
+        f"--config.tokenizer.path={d / 'tok'}", "--config.tokenizer.template=hf", "--config.stage.data.seq_len=48",
+    ]  # fmt: skip
+
+
+def test_validate_says_what_there_is(talk, capsys, tmp_path):
+    run("validate", *talk[1], f"--workdir={tmp_path / 'run'}")
+    out = capsys.readouterr().out
+    assert out.endswith("valid\n") and '"trained_stops": 6' in out and "tokens trained" in out and "ends with '<|im_end|>', id 5; a sampler stops at [5, 3]" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_a_pipeline_that_has_not_run(capsys, tmp_path):
+    run("validate", f"--config={runs.ROOT / 'configs/quickstart.py'}:smoke", f"--workdir={tmp_path / 'run'}")
+    out = capsys.readouterr().out
+    assert '"trained_stops": 2000' in out and "data/rankings.jsonl is not written yet" in out and out.endswith("valid\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "old, new, flags, said",
+    [
+        ("<|im_start|>assistant\\n' }}{% endif %}", "<|im_start|>assistant\\nWell:' }}{% endif %}", (), r"rendered otherwise alone.*Well:"),
+        ("+ m.content +", "+ m.content | upper +", (), "does not write what the assistant says"),
+        ("{{ bos_token }}", "{{ messages | length if messages | length > 2 }}", (), r"messages\[1\].*Mend the template"),
+        ("{{ bos_token }}", "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", (), "writes more than"),
+        ("{{ bos_token }}", "", ("--config.stage.data.seq_len=27", "--config.stage.data.max_drop=1"), r"stop token \(id 5\) is trained in no row"),
+        ("{{ bos_token }}", "", ("--config.stage.data.seq_len=5", "--config.stage.data.max_drop=1"), "dropped"),
+        ("{{ bos_token }}", "", ("--config.tokenizer.variables=[]",), "tokenizer.variables"),
+    ],
+)
+def test_validate_refuses(old, new, flags, said, talk, refused, tmp_path):
+    assert old in CHAT.replace("\n", "\\n")
+    (tmp_path / "t.jinja").write_text(CHAT.replace("\n", "\\n").replace(old, new))
+    text = refused("validate", *talk[1], f"--workdir={tmp_path / 'run'}", f"--config.tokenizer.template={tmp_path / 't.jinja'}", *flags)
+    assert re.search(said, text, re.S), text
+
+
+def test_a_chat_template_all_the_way(talk, capsys, tmp_path):
+    """Train on it, sample with it, export it, import it: the same words, the same template."""
+    run("train", *talk[1], f"--workdir={tmp_path / 'run'}", "--config.stage.train.steps=60", "--config.stage.optim.lr=0.02")
+    say = lambda where: (capsys.readouterr(), run("sample", f"--run={where}", "--prompt=say dog sea", "--temperature=0", "--max_new=16", "--json"), json.loads(capsys.readouterr().out))[2]  # noqa: E731
+    first = say(tmp_path / "run")
+    assert first["completion"] in ("dog sea", "dog tea") and not first["truncated"]
+    run("convert", f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'hf'}")
+    run("convert", f"--hf={tmp_path / 'hf'}", f"--to={tmp_path / 'back'}")
+    assert json.loads((tmp_path / "back/config.json").read_text())["tokenizer"]["template"] == "hf"
+    assert say(tmp_path / "back") == first
 
 
 # -- mistakes -------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_dotted_names_are_code_or_config():
         for s in spans(text):
             if m := re.match(rf"((?:jaxalign\.)?(?:{rooms}|{sections})\.[\w.]+)(?:\(.*\))?$", s):
                 dotted = m[1].removeprefix("jaxalign.")
-                if not (dotted.endswith((".py", ".jsonl", ".html")) or dotted in known or resolves(dotted)):
+                if not (dotted.endswith((".py", ".jsonl", ".html", ".json", ".json.gz", ".model")) or dotted in known or resolves(dotted)):
                     wrong.append(f"{name}: {s}")
             if m := re.search(r"--config\.(?:stages?\.(?:\w+\.)?)?([\w.]+)=", s):
                 if not any(k == m[1] or k.endswith("." + m[1]) for k in known):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -22,6 +23,7 @@ def define(fv):
 
 def main(fv, rest):
     from jaxalign import build
+    from jaxalign.data import tokenizers
     from jaxalign.models import hf
     from jaxalign.train import checkpoint
 
@@ -37,4 +39,6 @@ def main(fv, rest):
         model, params = hf.load(fv.hf, dtype=fv.dtype)
         checkpoint.save_tree(to / "params", params, {"stage": to.name, "from": str(fv.hf)})
         (to / "config.json").write_text(json.dumps(build.imported_config(to.name, fv.hf, model), indent=2) + "\n")
+        for d in tokenizers.differences(fv.hf):
+            print(f"warning: tokenizer.model and tokenizer.json of {fv.hf} part at {d.text!r}: {d.first} and {d.second}", file=sys.stderr)
     print(f"wrote {to}")

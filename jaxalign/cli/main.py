@@ -17,6 +17,7 @@ VERBS = {
     "sample": "continue prompts with a trained model",
     "eval": "held-out metrics of a trained stage, and gold rewards where the world knows them",
     "inspect": "how the data becomes tokens and masks, and how the weights are laid out",
+    "validate": "everything but the training: config, tokenizer, template, data and masks; exit 0 or 2",
     "convert": "between Hugging Face safetensors and jaxalign weights",
 }
 

@@ -51,12 +51,15 @@ def encode(
     ids, mask, lengths, examples = array.array("i"), bytearray(), array.array("q"), []
 
     def flush(chunk):
-        sequences = []
-        for example, where in chunk:
-            with _at(where):
-                sequences.append(segments(example, template))
-        encoded = iter(encode_sequences([s for group in sequences for s in group], tokenizer))
-        for (example, where), group in zip(chunk, sequences):
+        written = []
+        for example, where, record in chunk:
+            try:
+                with _at(where):
+                    written.append((example, where, segments(example, template)))
+            except UserError as e:  # such as a system turn, under a template that has none
+                rows.refuse(e, record)
+        encoded = iter(encode_sequences([s for *_, group in written for s in group], tokenizer))
+        for example, where, group in written:
             with _at(where):
                 kept = admit(example, [next(encoded) for _ in group], counts)
             if isinstance(kept, str):
@@ -70,10 +73,10 @@ def encode(
             if Preference in kinds or Prompt in kinds:
                 examples.append(example)
 
-    chunk: list[tuple[Example, str]] = []
+    chunk: list[tuple[Example, str, Any]] = []
     for record, where in rows:
         try:
-            chunk.append((_as(kinds, canonical(record, where, format), record, where), where))
+            chunk.append((_as(kinds, canonical(record, where, format), record, where), where, record))
         except Unusable as e:
             dropped[e.reason] += 1
         except UserError as e:
@@ -82,6 +85,7 @@ def encode(
             flush(chunk)
             chunk = []
     flush(chunk)
+    rows.settle()  # again: rows that a template refused were not known when reading ended
 
     total = counts["examples"] + dropped.total()
     if not counts["examples"] or dropped.total() > max_drop * total:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import NamedTuple, Sequence, Union
 
 from jaxalign.data.rows import unclean
@@ -10,9 +11,16 @@ from jaxalign.types import UserError
 
 
 class Message(NamedTuple):
-    role: str  # system, user or assistant
+    role: str  # system, user, assistant or tool
     content: str
     trained: bool = True  # only assistant turns ever are; False leaves this one out (a "loss_weight" of 0)
+    # What else a chat template may ask of it, as JSON: {"tool_calls": [...]}. "tools", those of the whole conversation, are
+    # kept with its first message, so that they stay with a prompt wherever it goes.
+    more: str = ""
+
+    @property
+    def calls(self) -> bool:
+        return bool(self.more) and bool(json.loads(self.more).get("tool_calls"))
 
 
 Said = Union[str, tuple[Message, ...]]
@@ -79,17 +87,29 @@ def string(value: object, where: str, key: str) -> str:
 
 
 def turns(said: Sequence[Message], where: str, key: str, last: str, first: str = "user") -> None:
-    """[system] user assistant user ... : every chat model was trained on turns that alternate."""
+    """[system] user assistant user ... : every chat model was trained on turns that alternate. A call of tools is answered
+    by tool turns, and they by the assistant."""
     for i, m in enumerate(said):
-        string(m.content, where, f"{key}[{i}] content")
+        if m.role != "tool" and not m.calls:
+            string(m.content, where, f"{key}[{i}] content")
         if m.role == "system" and (i > 0 or first == "assistant"):
             raise UserError(f"{where}: {key}[{i}] is a system turn; it may only open the conversation")
     roles = [m.role for m in said if m.role != "system"]
+    called = [m.calls for m in said if m.role != "system"]
     for i, role in enumerate(roles):
-        if role != (("user", "assistant") if first == "user" else ("assistant", "user"))[i % 2]:
-            why = f"two {role} turns in a row" if i else f"starts with the {role}"
-            raise UserError(f"{where}: {key}: {why}; turns must alternate, the {first} first")
-    if not roles or roles[-1] != last:
+        if i == 0:
+            wanted = (first,)
+        else:
+            wanted = {"user": ("assistant",), "tool": ("assistant", "tool")}.get(roles[i - 1], ("tool",) if called[i - 1] else ("user",))
+        if role in wanted:
+            continue
+        if role == "tool":
+            raise UserError(f"{where}: {key}: a tool turn that answers no call; put it after an assistant's turn with tool_calls")
+        if i and called[i - 1]:
+            raise UserError(f"{where}: {key}: a call of tools is followed by a {role} turn; answer it with tool turns")
+        why = f"two {role} turns in a row" if i else f"starts with the {role}"
+        raise UserError(f"{where}: {key}: {why}; turns must alternate, the {first} first")
+    if not roles or roles[-1] not in ((last, "tool") if last == "user" else (last,)):
         found = f", not of the {roles[-1]}" if roles else ""
         raise UserError(f"{where}: {key} must end with a turn of the {last}{found}")
 

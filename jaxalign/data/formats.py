@@ -15,6 +15,7 @@ function ``record -> example``, given as ``format=``.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from jaxalign.data.examples import (
     EXAMPLES, Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text, Unusable,
     check, string, turns,
 )  # fmt: skip
-from jaxalign.data.rows import Rows, given, read
+from jaxalign.data.rows import Rows, given, read, unclean
 from jaxalign.types import UserError
 
 __all__ = [
@@ -49,8 +50,8 @@ _ALIASES = {
     "ranks": ("ranks", "ranking"),
 }
 _OTHER_PROMPTS = ("instruction", "question", "query", "input", "problem", "context")
-_TOOL_ROLES = ("tool", "function", "function_call", "observation")
-_ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
+_ROLES = {"human": "user", "gpt": "assistant", "prompter": "user", "observation": "tool", "function": "tool", "function_call": "assistant"}
+_PASSED = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # fields of a message that chat templates know
 
 
 def detect(record: dict, where: str = "record") -> str:
@@ -117,23 +118,23 @@ def _text(record, where):
 
 
 def _completion(record, where):
-    prompt = _prompt(_get(record, "prompt", where, "completion"), where)
+    prompt = _prompt(_get(record, "prompt", where, "completion"), where, record)
     answer = _said(_get(record, "completion", where, "completion"), where, "completion")
     return Completion(*_follow(prompt, [answer], where))
 
 
 def _chat(record, where):
-    messages = _messages(_get(record, "messages", where, "chat"), where, "messages")
+    messages = _tools(record, _messages(_get(record, "messages", where, "chat"), where, "messages"), where)
     turns(messages, where, "messages", last="assistant")
     return Chat(messages)
 
 
 def _prompt_only(record, where):
-    return Prompt(_prompt(_get(record, "prompt", where, "prompt"), where), record)
+    return Prompt(_prompt(_get(record, "prompt", where, "prompt"), where, record), record)
 
 
 def _ranking(record, where):
-    prompt = _prompt(_get(record, "prompt", where, "ranking"), where)
+    prompt = _prompt(_get(record, "prompt", where, "ranking"), where, record)
     items, ranks = (_get(record, k, where, "ranking") for k in ("completions", "ranks"))
     if not isinstance(items, list) or not isinstance(ranks, list) or len(items) != len(ranks):
         raise UserError(f"{where}: 'completions' and 'ranks' must be lists of the same length")
@@ -171,12 +172,12 @@ def _preference(record, where):
     elif whole and prompt is not None:
         raise UserError(f"{where}: the prompt is given twice, as its own messages and inside chosen; keep one")
     if prompt is not None:
-        prompt = _prompt(prompt, where)
+        prompt = _prompt(prompt, where, record)
     elif whole:
         shared = os.path.commonprefix(pair)
-        while shared and shared[-1].role != "user":
+        while shared and shared[-1].role not in ("user", "tool"):
             shared = shared[:-1]
-        prompt, pair = tuple(shared), [p[len(shared) :] for p in pair]
+        prompt, pair = _tools(record, tuple(shared), where), [p[len(shared) :] for p in pair]
         if not prompt or not all(pair):
             raise UserError(f"{where}: chosen and rejected must share a question and then both answer it")
         turns(prompt, where, "the common beginning", last="user")
@@ -247,11 +248,36 @@ def _said(value, where, key):
     return string(value, where, key) if isinstance(value, str) else _messages(value, where, key)
 
 
-def _prompt(value, where):
+def _prompt(value, where, record):
     prompt = _said(value, where, "prompt")
     if not isinstance(prompt, str):
         turns(prompt, where, "prompt", last="user")
+        prompt = _tools(record, prompt, where)
     return prompt
+
+
+def _tools(record, messages, where):
+    """The messages with the record's tools, a list or the JSON text of one."""
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools:
+        tools = _json(tools, where, "'tools'")
+    if not tools or not messages:
+        return messages
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise UserError(f"{where}: 'tools' must be a list of objects, or the JSON text of one")
+    more = json.loads(messages[0].more or "{}") | {"tools": tools}
+    return (messages[0]._replace(more=_dumps(more)), *messages[1:])
+
+
+def _dumps(value):
+    return json.dumps(value, ensure_ascii=False)  # in the record's own order: templates print it
+
+
+def _json(text, where, key):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: {key} is no JSON; write it as an object or list") from None
 
 
 def _messages(value, where, key):
@@ -266,24 +292,49 @@ def _message(m, where, key):
     if not isinstance(m, dict):
         raise UserError(f"{where}: {key} must be an object with 'role' and 'content', not {type(m).__name__}")
     role = m.get("role", m.get("from"))
+    called = role == "function_call"  # ShareGPT: the call is the message
     role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role in _TOOL_ROLES or any(m.get(k) for k in ("tool_calls", "function_call", "tool_call_id")):
-        raise UserError(f"{where}: {key} is a tool turn, which templates here cannot write yet; remove the row")
-    if role not in ("system", "user", "assistant"):
-        raise UserError(f"{where}: {key} has role {role!r}; use system, user or assistant")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise UserError(f"{where}: {key} has role {role!r}; use system, user, assistant or tool")
     content = m.get("content", m.get("value"))
-    if isinstance(content, list):  # the parts of a multimodal message; only text is understood
-        parts = [p for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        texts = [p.get("text", p.get("value")) for p in parts]
-        if len(parts) < len(content) or not all(isinstance(t, str) for t in texts):
+    more = {k: m[k] for k in _PASSED if m.get(k)}
+    if called:
+        more["tool_calls"] = [_call(content, where, key)]
+        content = ""
+    if isinstance(content, list):  # the parts of a message: text, and what an assistant thinks and calls
+        parts = [(p.get("type"), p.get("text", p.get("value"))) if isinstance(p, dict) else (None, None) for p in content]
+        kinds = ("text", "reasoning", "tool_call") if role == "assistant" else ("text",)
+        if not all(k in kinds and isinstance(t, str) for k, t in parts):
             raise UserError(f"{where}: {key} has content other than text; only text can be trained on")
-        content = "".join(texts)
+        if calls := [_call(t, where, key) for k, t in parts if k == "tool_call"]:
+            more["tool_calls"] = calls
+        if thoughts := "".join(t for k, t in parts if k == "reasoning"):
+            more["reasoning_content"] = thoughts
+        content = "".join(t for k, t in parts if k == "text")
+    if calls := more.get("tool_calls"):
+        if role != "assistant" or not isinstance(calls, list) or not all(isinstance(c, dict) and isinstance(c.get("function", c), dict) and isinstance(c.get("function", c).get("name"), str) for c in calls):
+            raise UserError(f"{where}: {key}: tool_calls must be an assistant's list of {{'function': {{'name', 'arguments'}}}}")
+        if content is None:
+            more["content"] = content = None  # some templates tell null from empty
     if role == "system" and content == "":
         return None  # "no system prompt", as many exports write it
     weight = m.get("loss_weight", 1)
     if weight not in (0, 1):
         raise UserError(f"{where}: {key} has loss_weight {weight!r}; only 0 and 1 are understood")
-    return Message(role, string(content, where, f"{key} content"), bool(weight) if role == "assistant" else True)
+    if bad := unclean(_dumps(more)):
+        raise UserError(f"{where}: {key} holds a {bad}; remove it")
+    if role != "tool" and not more.get("tool_calls"):
+        string(content, where, f"{key} content")
+    elif not isinstance(content, str | None):
+        raise UserError(f"{where}: {key} content must be a string, not {type(content).__name__}")
+    elif bad := unclean(content or ""):
+        raise UserError(f"{where}: {key} content holds a {bad}; remove it")
+    return Message(role, content or "", bool(weight) if role == "assistant" else True, _dumps(more) if more else "")
+
+
+def _call(text, where, key):
+    call = _json(text, where, f"{key}: the call") if isinstance(text, str) else text
+    return {"type": "function", "function": call}
 
 
 def _follow(prompt, answers, where):
@@ -293,5 +344,5 @@ def _follow(prompt, answers, where):
             turns(a, where, "the answer", last="assistant", first="assistant")
     if isinstance(prompt, str) and any(not isinstance(a, str) for a in answers):
         prompt = (Message("user", prompt),)
-    single = all(not isinstance(a, str) and len(a) == 1 and a[0].trained for a in answers)
+    single = all(not isinstance(a, str) and len(a) == 1 and a[0].trained and not a[0].more for a in answers)
     return prompt, *(a[0].content if single else a for a in answers)

@@ -22,7 +22,9 @@ from jaxalign.types import UserError
 class Segment(NamedTuple):
     text: str
     trained: bool = False
-    kind: str = "text"  # "text"; "answer" (never merged with its surroundings); "special"; "stop" (ends a turn)
+    # "text"; "answer" (never merged with its surroundings); "special"; "stop" (ends a turn); "opened" (comes first, says
+    # nothing: the template writes BOS itself, or wants none)
+    kind: str = "text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Template:
             return [Segment(self.lead + answer, trained, "answer"), Segment(self.stop or "", trained, "stop")]
         return self._turns(answer)[len(self._fixed(self.header)) :]
 
+    def completion(self, prompt: Said, answer: Said) -> list[Segment]:
+        """Segments of a prompt and what follows it."""
+        return self.prompt(prompt) + self.answer(answer)
+
     def conversation(self, messages: Sequence[Message]) -> list[Segment]:
         """Segments of a whole conversation, every assistant turn trained unless its message says otherwise."""
         first = next(i for i, m in enumerate(messages) if m.role == "assistant")
@@ -73,6 +79,8 @@ class Template:
         for i, m in enumerate(messages):
             if i and messages[i - 1].role == "assistant":
                 out += self._fixed(self.between)
+            if m.role == "tool" or m.calls:
+                raise UserError(f"template {self.name!r} can not write calls of tools; use a chat template (tokenizer.template=hf, or a .jinja file)")
             if m.role == "assistant":
                 out += self._fixed(self.header) + self.answer(m.content, m.trained)
             else:
@@ -118,13 +126,13 @@ def segments(example: Example, template: Template) -> list[list[Segment]]:
         case Prompt(prompt):
             return [template.prompt(prompt)]
         case Completion(prompt, completion):
-            return [template.prompt(prompt) + template.answer(completion)]
+            return [template.completion(prompt, completion)]
         case Chat(messages):
             return [template.conversation(messages)]
         case Preference(prompt, chosen, rejected):
-            return [template.prompt(prompt) + template.answer(a) for a in (chosen, rejected)]
+            return [template.completion(prompt, a) for a in (chosen, rejected)]
         case Ranking(prompt, completions):
-            return [template.prompt(prompt) + template.answer(a) for a in completions]
+            return [template.completion(prompt, a) for a in completions]
     raise UserError(f"{type(example).__name__} is no example; return one of the classes in jaxalign.data.formats")
 
 
@@ -136,18 +144,24 @@ def encode_sequences(
 ) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of each sequence; mask[t] = 1 makes token t a target, mask[0] is 0.
 
-    BOS comes once, first, untrained (if the vocabulary has one). ``add_eos=False`` leaves out the last stop token.
+    BOS comes once, first, untrained (if the vocabulary has one, and the template does not see to it itself).
+    ``add_eos=False`` leaves out the last stop token.
     """
-    bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
-    plans = [_plan(s if add_eos else _unstopped(s), tokenizer) for s in sequences]
-    # Each text once: the candidates of a ranking share their prompt.
-    texts = {(x, i == 0): None for plan in plans for i, (x, _) in enumerate(plan) if isinstance(x, str)}
+    bos = tokenizer.bos_id
+    plans = []
+    for s in sequences:
+        plan = _plan(s if add_eos else _unstopped(s), tokenizer)
+        own = s and s[0].kind == "opened" or plan[:1] == [(bos, False)]
+        plans.append([(bos, False), *plan] if add_bos and bos is not None and not own else plan)
+    # Each text once: the candidates of a ranking share their prompt. What opens a document may follow its BOS.
+    first = [int(plan[:1] == [(bos, False)]) for plan in plans]
+    texts = {(x, i == n): None for plan, n in zip(plans, first) for i, (x, _) in enumerate(plan) if isinstance(x, str)}
     ids = dict(zip(texts, tokenizer.encode_batch([t for t, _ in texts], [start for _, start in texts])))
     out = []
-    for plan in plans:
-        tokens, mask = list(bos), [0] * len(bos)
+    for plan, n in zip(plans, first):
+        tokens, mask = [], []
         for i, (x, trained) in enumerate(plan):
-            piece = ids[x, i == 0] if isinstance(x, str) else [x]
+            piece = ids[x, i == n] if isinstance(x, str) else [x]
             tokens += piece
             mask += [int(trained)] * len(piece)
         if mask:

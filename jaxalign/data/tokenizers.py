@@ -4,26 +4,32 @@ Every tokenizer here composes: ``encode(a) + encode(b)`` decodes to ``a + b``. T
 completion be tokenised apart, so that the prompt the trainer sees is the prompt the sampler saw, token by token.
 
 Text is only ever text: ``encode("<|im_end|>")`` spells the characters out, even where the vocabulary has such a token.
-Special tokens come from templates, by `special_id`.
+Special tokens come from templates, by `special_id`; `encode_with_specials` is for text that is known to be a template's.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import io
 import os
 import re
-from typing import Iterable, Protocol, Sequence
+from typing import Callable, Iterable, Mapping, Protocol, Sequence
 
+from jaxalign.data import hub
 from jaxalign.types import UserError
 
 
 class Tokenizer(Protocol):
     vocab_size: int
-    bos_id: int | None
+    bos_id: int | None  # opens every document; None where the vocabulary has, or wants, none
     eos_id: int
     pad_id: int  # may equal eos_id: masks go by position, never by id
     fingerprint: str  # SHA-256 of the content, hex
+    specials: Mapping[str, int]  # special tokens by their text: what templates may write and texts may not
+    names: Mapping[str, str]  # {"bos_token": "<s>", "eos_token": "</s>", ...}, as templates know them
+    chat_template: str | None  # the Jinja source that came with it
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         """Ids of the text, no special tokens. ``start``: the text opens a document (only matters to vocabularies
@@ -47,12 +53,15 @@ class Bytes:
 
     bos_id, eos_id, pad_id, vocab_size = 256, 257, 258, 259
     fingerprint = hashlib.sha256(b"jaxalign bytes 259").hexdigest()
+    specials = {"<s>": 256, "</s>": 257, "<pad>": 258}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    chat_template = None
 
     def encode(self, text: str, start: bool = False) -> list[int]:
-        return list(_utf8(text))
+        return list(utf8(text))
 
     def encode_batch(self, texts: Sequence[str], start: Sequence[bool] | None = None) -> list[list[int]]:
-        return [list(_utf8(t)) for t in texts]
+        return [list(utf8(t)) for t in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         special = (self.bos_id, self.eos_id, self.pad_id)
@@ -61,7 +70,7 @@ class Bytes:
         )
 
     def special_id(self, text: str) -> int | None:
-        return None
+        return self.specials.get(text)
 
     def save(self, directory: str) -> None:
         os.makedirs(directory, exist_ok=True)
@@ -69,7 +78,6 @@ class Bytes:
             f.write("jaxalign.data.tokenizers.Bytes\n")
 
 
-_SPECIAL = re.compile(r"<\|.*\|>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>")  # what chat formats look like in the wild
 _SPACE = "\u2581"  # SentencePiece's own spelling of a space
 
 # A serialised protobuf is merged by concatenation. This says: normalizer_spec { add_dummy_prefix: false,
@@ -78,15 +86,16 @@ _VERBATIM = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class SentencePiece:
-    """A SentencePiece ``.model``: ours (`train_sentencepiece`) or a published one.
+    """A SentencePiece ``.model``: ours (`train_sentencepiece`) or a published one. ``beside``: what stood in its directory,
+    such as tokens added after its own.
 
     Raises UserError when the file is missing, no model, or has no EOS.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, beside: hub.About = hub.About()):
         try:
             with open(path, "rb") as f:
-                self._init(f.read())
+                self._init(f.read(), beside)
         except OSError as e:
             raise UserError(f"{path}: {e.strerror or e}; give the path of a SentencePiece .model file") from None
         except (RuntimeError, TypeError):
@@ -94,60 +103,68 @@ class SentencePiece:
         if self.eos_id < 0:
             raise UserError(f"{path}: the vocabulary has no EOS, so a model could never stop; use one that has")
 
-    def _init(self, proto: bytes):
+    def _init(self, proto: bytes, beside: hub.About):
         import sentencepiece
 
-        published = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.published = sentencepiece.SentencePieceProcessor(model_proto=proto)  # as its makers' programs read a text
         self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=proto + _VERBATIM)
-        self._proto = proto
-        self._dummy_prefix = published.encode("a") != sp.encode("a")
-        self.fingerprint = hashlib.sha256(proto).hexdigest()
-        self.vocab_size = sp.vocab_size()
-        self.eos_id = sp.eos_id()
-        self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
-        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
-        pieces = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
-        self._special = {p: i for p, i in pieces.items() if sp.is_control(i) or _SPECIAL.fullmatch(p)}
+        self._proto, self.beside = proto, beside
+        self._dummy_prefix = self.published.encode("a") != sp.encode("a")
+        size = sp.vocab_size()
+        pieces = {sp.id_to_piece(i): i for i in range(size)}
+        added = {t: a.id for t, a in beside.added.items() if t not in pieces}
+        if sorted(added.values()) != list(range(size, size + len(added))):
+            raise UserError(
+                f"added tokens {added} do not follow the {size} pieces of tokenizer.model; the files are of two vocabularies"
+            )
+        self.vocab_size = size + len(added)
+        self.specials = {p: i for p, i in pieces.items() if sp.is_control(i) or hub.CONTROL.fullmatch(p)} | added
+        named = {k: sp.id_to_piece(i) for k, i in (("bos_token", sp.bos_id()), ("eos_token", sp.eos_id()), ("pad_token", sp.pad_id())) if i >= 0}
+        beside = dataclasses.replace(beside, names={**named, **beside.names})
+        bos = sp.bos_id() if sp.bos_id() >= 0 else None
+        if "eos_token" not in beside.names:
+            self.names, self.bos_id, self.eos_id, self.pad_id = named, bos, -1, -1  # refused by __init__, which knows the path
+        else:
+            self.names, self.bos_id, self.eos_id, self.pad_id = hub.resolve(beside, {**pieces, **added}, "tokenizer.model", bos)
+        self.chat_template = beside.chat_template
+        content = hashlib.sha256(proto)
+        if (self.specials, self.names) != ({p: i for p, i in self.specials.items() if i < size}, named):
+            content.update(repr([sorted(self.specials.items()), self.bos_id, self.eos_id, self.pad_id]).encode())
+        self.fingerprint = content.hexdigest()
+        self._added = set(added.values())
         # Control pieces never match text, but "user defined" ones do: those we cut apart before SentencePiece looks.
-        matched = [re.escape(p) for p, i in self._special.items() if not sp.is_control(i)]
+        matched = [re.escape(p) for p, i in self.specials.items() if i < size and not sp.is_control(i)]
         self._guard = re.compile("|".join(sorted(matched, key=len, reverse=True))) if matched else None
         # A literal U+2581 would decode to a space; spelled in bytes it survives. None where there are no bytes.
         spelled = [pieces.get(f"<0x{b:02X}>") for b in _SPACE.encode()]
         self._underline = None if None in spelled else spelled
 
     def __getstate__(self):
-        return self._proto
+        return self._proto, self.beside
 
-    def __setstate__(self, proto):
-        self._init(proto)
+    def __setstate__(self, state):
+        self._init(*state)
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         return self.encode_batch([text], [start])[0]
 
     def encode_batch(self, texts: Sequence[str], start: Sequence[bool] | None = None) -> list[list[int]]:
         for t in texts:
-            _utf8(t)  # SentencePiece would replace what is not UTF-8 without a word
+            utf8(t)  # SentencePiece would replace what is not UTF-8 without a word
         if self._dummy_prefix and start is not None:
-            texts = [" " + t if s else t for t, s in zip(texts, start, strict=True)]
+            texts = [" " + t if s and t else t for t, s in zip(texts, start, strict=True)]
         odd = {i for i, t in enumerate(texts) if _SPACE in t or (self._guard and self._guard.search(t))}
         out = self._sp.encode([t for t in texts if t is not None], out_type=int)
         for i in odd:
-            out[i] = self._spell(texts[i])
+            out[i] = spell(texts[i], self._guard, self._underline, lambda t: self._sp.encode(t, out_type=int))
         return out
-
-    def _spell(self, text: str) -> list[int]:
-        if self._underline and _SPACE in text:
-            first, *rest = text.split(_SPACE)
-            return self._spell(first) + [i for t in rest for i in (*self._underline, *self._spell(t))]
-        cuts = [m.start() + 1 for m in self._guard.finditer(text)] if self._guard else []
-        return [i for a, b in zip([0, *cuts], [*cuts, len(text)]) for i in self._sp.encode(text[a:b], out_type=int)]
 
     def decode(self, ids: Sequence[int]) -> str:
         ids = [int(i) for i in ids]
         known, out = [], []
         for i in ids:
             if 0 <= i < self.vocab_size:
-                known.append(i)
+                known += [i] * (i not in self._added)
             else:
                 out += [self._sp.decode(known), "\ufffd"]
                 known = []
@@ -156,14 +173,103 @@ class SentencePiece:
         return text[1:] if opened and text.startswith(" ") else text
 
     def special_id(self, text: str) -> int | None:
-        return self._special.get(text)
+        return self.specials.get(text)
+
+    def _copy(self, beside: hub.About) -> SentencePiece:
+        new = object.__new__(SentencePiece)
+        new._init(self._proto, beside)
+        return new
+
+    carrying = _copy
+
+    def added(self, texts: Sequence[str]) -> SentencePiece:
+        """A vocabulary with these special tokens after all others. The model's embedding must have rows for them."""
+        more = [t for t in dict.fromkeys(texts) if t not in self.specials]
+        tokens = {t: hub.Added(self.vocab_size + k, True) for k, t in enumerate(more)}
+        ids = {t: a.id for t, a in {**self.beside.added, **tokens}.items()}
+        files = {**self.beside.files, "added_tokens.json": hub.dumped(ids)}
+        files.pop("tokenizer.json", None)
+        return self._copy(dataclasses.replace(self.beside, added={**self.beside.added, **tokens}, files=files))
 
     def save(self, directory: str) -> None:
+        hub.write(directory, self.beside, self.names, self.bos_id is not None, **self._for_transformers(directory))
+        hub.put(os.path.join(directory, "tokenizer.model"), self._proto)
+
+    def _for_transformers(self, directory: str) -> dict[str, str]:
+        """Writes a tokenizer.json beside, where one that gives the same ids can be made; it serves any kind of model."""
+        from jaxalign.data import fast
+
+        if self.beside.files.get("tokenizer.json"):
+            return {}
+        made = fast.of_sentencepiece(self._proto, self.specials, self._dummy_prefix)
         os.makedirs(directory, exist_ok=True)
-        path = os.path.join(directory, "tokenizer.model")
-        with open(f"{path}.{os.getpid()}.tmp", "wb") as f:  # a kill here must not leave half a vocabulary under its name
-            f.write(self._proto)
-        os.replace(f.name, path)
+        if made is None or hub.compare(self, fast.Fast(made, self.beside)):
+            return {"tokenizer_class": "LlamaTokenizer"}
+        hub.put(os.path.join(directory, "tokenizer.json"), made)
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def spell(text: str, guard: re.Pattern | None, underline: list[int] | None, encode: Callable[[str], list[int]]) -> list[int]:
+    """Ids of a text with what ``guard`` matches cut apart, and a literal U+2581 in bytes."""
+    if underline and _SPACE in text:
+        first, *rest = text.split(_SPACE)
+        again = lambda t: spell(t, guard, underline, encode)
+        return again(first) + [i for t in rest for i in (*underline, *again(t))]
+    cuts = [m.start() + 1 for m in guard.finditer(text)] if guard else []
+    return [i for a, b in zip([0, *cuts], [*cuts, len(text)]) for i in encode(text[a:b])]
+
+
+def encode_with_specials(tokenizer: Tokenizer, text: str, start: bool = False) -> list[int]:
+    """Ids of a text in which special tokens mean themselves: only for text that a template wrote, never for a user's."""
+    out: list[int] = []
+    for k, part in enumerate(stripped(cut(text, tokenizer.specials), tokenizer.specials, strips(tokenizer))):
+        special = tokenizer.special_id(part)
+        out += tokenizer.encode(part, start and k == 0) if special is None else [special]
+    return out
+
+
+def strips(tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens that swallow the blanks before them ("l"), after them ("r") or both, as Phi-3's do."""
+    return getattr(tokenizer, "strips", {})
+
+
+def stripped(parts: Sequence[str], specials: Iterable[str], strips: Mapping[str, str]) -> list[str]:
+    """The parts of a text (see `cut`), less the blanks that the special tokens among them swallow."""
+    if not strips:
+        return list(parts)
+    out = list(parts)
+    for step, side, strip in ((1, "r", str.lstrip), (-1, "l", str.rstrip)):
+        swallows = False
+        for i in range(len(out))[::step]:
+            if out[i] in specials:
+                swallows = side in strips.get(out[i], "")
+            elif swallows:
+                out[i] = strip(out[i])
+                swallows = not out[i]
+    return out
+
+
+def decode_with_specials(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of the ids with special tokens written out, for people to read."""
+    texts = {i: t for t, i in tokenizer.specials.items()}
+    out, known = "", []
+    for i in map(int, ids):
+        if i in texts:
+            out, known = out + tokenizer.decode(known) + texts[i], []
+        else:
+            known.append(i)
+    return out + tokenizer.decode(known)
+
+
+def cut(text: str, words: Iterable[str]) -> list[str]:
+    """The text in parts, such that each of the words found in it (the longest first) is a part of its own."""
+    words = tuple(words)
+    return [p for p in (_any_of(words).split(text) if words else [text]) if p]
+
+
+@functools.lru_cache(16)
+def _any_of(words: tuple[str, ...]) -> re.Pattern:
+    return re.compile("(" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + ")")
 
 
 def train_sentencepiece(
@@ -235,31 +341,86 @@ def train_sentencepiece(
 
 
 def load(spec: str) -> Tokenizer:
-    """"bytes", a SentencePiece .model file, or a directory that `Tokenizer.save` wrote.
+    """"bytes"; a SentencePiece .model, a tokenizer.json or a .tiktoken file (or its .gz); or a directory, as `save` or the
+    Hub has it.
 
-    Raises UserError when there is nothing of the kind.
+    Of several vocabularies in a directory the first is taken: tokenizer.model, tokenizer.json, vocab.json with merges.txt,
+    *.tiktoken. (A tokenizer.json beside a tokenizer.model was made from it; `differences` says whether they still agree. It
+    is taken where tokens were added to the vocabulary, which a .model can not hold.) What tokenizer_config.json,
+    special_tokens_map.json, added_tokens.json and chat_template.jinja say is read with it.
+
+    Raises UserError when there is nothing of the kind, or it is damaged.
     """
     if spec == "bytes":
         return Bytes()
-    if os.path.isdir(spec):
-        if os.path.exists(os.path.join(spec, "tokenizer.model")):
-            return SentencePiece(os.path.join(spec, "tokenizer.model"))
-        if os.path.exists(os.path.join(spec, "tokenizer.bytes")):
-            return Bytes()
-        raise UserError(f"{spec}: holds no tokenizer.model; give 'bytes', a .model file, or a directory with one")
-    return SentencePiece(spec)
+    if not os.path.isdir(spec):
+        return _file(spec, hub.about(os.path.dirname(spec)) if spec.endswith((".json", ".gz", ".tiktoken", "tokenizer.model")) else hub.About())
+    beside, names = hub.about(spec), sorted(os.listdir(spec))
+    wanted = ["tokenizer.model", "tokenizer.json", "tokenizer.json.gz", "vocab.json", "vocab.json.gz"]
+    wanted += [n for n in names if n.endswith(".tiktoken")]
+    for name in wanted:
+        if name in names and not (name.startswith("vocab.json") and hub.read_bytes(os.path.join(spec, "merges.txt")) is None):
+            return _file(os.path.join(spec, name), beside)
+    if "tokenizer.bytes" in names:
+        return Bytes()
+    raise UserError(
+        f"{spec}: holds no tokenizer.model, tokenizer.json, vocab.json with merges.txt, or .tiktoken file; give 'bytes', one of "
+        "these files, or a directory with one"
+    )
+
+
+def differences(directory: str) -> list[hub.Difference]:
+    """Where a directory's tokenizer.model and tokenizer.json part; empty where they agree, or where there are not both."""
+    paths = [os.path.join(directory, f) for f in ("tokenizer.model", "tokenizer.json")]
+    if not os.path.exists(paths[0]) or hub.read_bytes(paths[1]) is None or _is_tiktoken(paths[0]):
+        return []
+    beside = hub.about(directory)
+    return hub.compare(SentencePiece(paths[0], beside), _file(paths[1], beside))
+
+
+def _file(path: str, beside: hub.About) -> Tokenizer:
+    from jaxalign.data import fast
+
+    stem = path.removesuffix(".gz")
+    name = os.path.basename(stem)
+    if name == "vocab.json":
+        merges = hub.read_bytes(os.path.join(os.path.dirname(path), "merges.txt"))
+        return fast.gpt2(hub.read_bytes(stem) or b"", merges or b"", beside, path)
+    if name.endswith(".json"):
+        data = hub.read_bytes(stem)
+        if data is None:
+            raise UserError(f"{path}: No such file; give the path of a tokenizer.json")
+        return fast.Fast(data, beside, path)
+    if name.endswith(".tiktoken") or _is_tiktoken(path):
+        return fast.tiktoken(path, about=beside)
+    if name != "tokenizer.model":
+        return SentencePiece(path, beside)
+    there = os.path.join(os.path.dirname(path), "tokenizer.json")
+    data = hub.read_bytes(there)
+    beside = dataclasses.replace(beside, files={**beside.files, **({"tokenizer.json": data} if data else {})})
+    made = SentencePiece(path, beside)
+    return fast.Fast(data, beside, there) if data and made.vocab_size > made.published.vocab_size() else made
+
+
+def _is_tiktoken(path: str) -> bool:
+    """Llama 3 publishes such a file under the name tokenizer.model."""
+    try:
+        with open(path, "rb") as f:
+            return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", f.read(400)) is not None
+    except OSError:
+        return False
 
 
 def _sentences(texts: Iterable[str]):
     """Lines of at most 1,000 characters: the trainer silently skips longer ones (4,192 bytes)."""
     for text in texts:
-        _utf8(text)
+        utf8(text)
         for line in text.splitlines():
             for i in range(0, len(line), 1000):
                 yield line[i : i + 1000]
 
 
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as e:

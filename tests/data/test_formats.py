@@ -1,5 +1,7 @@
 """Faults 40 to 42 and 45: which schema, and what is refused."""
 
+import json
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -108,6 +110,9 @@ def test_refused(record, match):
     assert str(e.value).startswith("f:7: ") and not isinstance(e.value, Unusable)
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+
+
 @pytest.mark.parametrize(
     "messages, match",
     [
@@ -124,8 +129,12 @@ def test_refused(record, match):
         ([m("user", "  "), a], "is empty"),
         ([q, m("assistant", [{"type": "image", "url": "x"}])], "content other than text"),
         ([q, m("assistant", ["text"])], "content other than text"),
-        ([q, m("assistant", "a", tool_calls=[{"id": 1}])], "tool turn"),
-        ([q, m("tool", "42"), a], "tool turn"),
+        ([q, m("assistant", "a", tool_calls=[{"id": 1}])], "tool_calls must be"),
+        ([m("user", "q", tool_calls=[CALL]), a], "tool_calls must be"),
+        ([q, m("tool", "42"), a], "tool turn that answers no call"),
+        ([q, m("assistant", None, tool_calls=[CALL]), q, a], "followed by a user turn"),
+        ([q, m("assistant", None, tool_calls=[CALL]), m("tool", 42), a], "must be a string, not int"),
+        ([q, {"from": "function_call", "value": "{"}, m("tool", "42"), a], "the call is no JSON"),
         ([q, m("narrator", "a")], "role 'narrator'"),
         ([q, {"content": "a"}], "role None"),
         ([q, {"role": ["user"], "content": "a"}], r"role \['user'\]"),
@@ -188,3 +197,24 @@ def test_implicit_prompt_loses_no_character(shared, x, y):
     assert p.prompt + p.chosen == chosen and p.prompt + p.rejected == rejected
     assert p.prompt.strip() and p.chosen.strip() and p.rejected.strip()
     assert p.chosen[0].isspace() and not p.prompt[-1].isspace()  # no word is cut
+
+
+def test_tools_go_with_the_conversation():
+    """In OpenAI's form, in ShareGPT's and as parts: the same example, and a prompt keeps its tools."""
+    tools = [{"name": "add", "description": "é"}]
+    said = [q, m("assistant", None, tool_calls=[CALL]), m("tool", "4"), a]
+    got = canonical({"messages": said, "tools": tools})
+    assert [x.role for x in got.messages] == ["user", "assistant", "tool", "assistant"] and got.messages[1].calls
+    assert json.loads(got.messages[0].more) == {"tools": tools}
+    assert json.loads(got.messages[1].more) == {"tool_calls": [CALL], "content": None}
+    inner = json.dumps(CALL["function"])
+    shared = [{"from": "human", "value": "q"}, {"from": "function_call", "value": inner}, {"from": "observation", "value": "4"}, {"from": "gpt", "value": "a"}]
+    parts = [q, m("assistant", [{"type": "reasoning", "value": "hm"}, {"type": "tool_call", "value": inner}]), m("tool", "4"), a]
+    for other in ({"conversations": shared, "tools": json.dumps(tools)}, {"messages": parts, "tools": tools}):
+        x = canonical(other)
+        assert x.messages[0] == got.messages[0] and json.loads(x.messages[1].more)["tool_calls"] == [CALL] and x.messages[2:] == got.messages[2:]
+    assert canonical({"messages": [q, a], "tools": ""}) == canonical({"messages": [q, a]})
+    assert canonical({"prompt": said[:3], "chosen": [a], "rejected": [b], "tools": tools}).prompt == got.messages[:3]
+    assert canonical({"prompt": "p", "tools": tools}).prompt == "p"  # a key like any other
+    with pytest.raises(UserError, match="'tools' must be a list"):
+        canonical({"messages": [q, a], "tools": {"name": "x"}})
