@@ -101,7 +101,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     x = nn.embed(params["embed"], tokens, cfg.dtype) + nn.embed(params["types"], jnp.zeros_like(tokens), cfg.dtype) + nn.embed(params["positions"], positions, cfg.dtype)
     x = spread(_norm(cfg, x, params["embed_norm"]))
 
-    def block(p, x, _, __):
+    def block(p, x, _):
         q, k, v = (split(dense(x, p[name])) for name in "qkv")
         a = attend(q, k, v, q_segments=segments, kv_segments=segments, causal=False)
         x = spread(_norm(cfg, x + dense(a.reshape(B, T, -1), p["o"]), p["attn_norm"]))

@@ -200,7 +200,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     # Where all layers are alike nothing is handed from layer to layer, and XLA sees constants.
     each = {"local": np.array(cfg.local)} if mixed else {}
 
-    def block(p, carry, kv, kind):
+    def block(p, carry, kv, kind=None):
         x, load = carry
         local = kind["local"] if mixed else cfg.local[0]
         window = (jnp.where(local, cfg.window, EVERYTHING) if mixed else cfg.window if local else None) if cfg.window else None

@@ -73,7 +73,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     x = shard.constrain(x, "batch", "time", None)
     cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
 
-    def block(p, x, kv, _):
+    def block(p, x, kv):
         q, k, v = map(heads, jnp.split(nn.linear(norm(x, p["ln_1"]), p["qkv"]["w"], p["qkv"]["b"]), 3, axis=-1))
         if kv is not None:
             kv, k, v = nn.cache_write(kv, k, v, start)

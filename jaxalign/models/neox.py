@@ -89,7 +89,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     table = rope.table(positions, cfg.rotary_width, cfg.rope_theta, cfg.rope_scaling, segments=segments, max_len=cfg.max_len)
     cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
 
-    def block(p, x, kv, _):
+    def block(p, x, kv):
         q, k, v = jnp.moveaxis(dense(norm(x, p["ln_1"]), p["qkv"]).reshape(B, T, cfg.heads, 3, -1), 3, 0)
         q, k = rope.rotate(q, table), rope.rotate(k, table)
         if kv is not None:

@@ -121,7 +121,7 @@ def encode(cfg: Config, params, inputs: Inputs) -> jax.Array:
     x = shard.constrain(nn.embed(params["embed"], inputs.tokens, cfg.dtype), "batch", "time", None)
     bias = _bias(cfg, side["bias"], inputs.positions, inputs.positions, True)
 
-    def block(p, x, _, __):
+    def block(p, x, _):
         h = norm(x, p["attn_norm"])
         q, k, v = (_split(cfg, nn.linear(h, p[name])) for name in "qkv")
         a = attend(q, k, v, q_segments=inputs.segments, kv_segments=inputs.segments, causal=False, scale=1.0, bias=bias)

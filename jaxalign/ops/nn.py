@@ -235,21 +235,22 @@ def unstack(params: Tree, layers: int) -> list[Tree]:
 
 
 def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, remat: str = "none", each: Tree = ()):
-    """x through L layers: block(params_l, x, cache_l, each_l) -> (x, cache_l). `x` may be any pytree.
+    """x through L layers: block(params_l, x, cache_l) -> (x, cache_l). `x` may be any pytree.
 
-    `each` has leaves [L] of what differs from layer to layer and is no weight (a window, say), as NumPy arrays: a scan
+    `each`, if there is any, is a fourth argument: leaves [L, ...] of what differs from layer to layer and is no weight (a window, say), as NumPy arrays: a scan
     reads them as it reads weights, and where layers are unrolled they are constants.
 
     scan=True compiles one layer (deep models); False unrolls them, which is faster where L is small, above all when
     decoding, because a scan copies each layer's cache in and out. The cache is stacked or a tuple accordingly.
     """
+    more = (each,) if jax.tree.leaves(each) else ()
     if REMAT[remat] is not None:
         block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
     if scan:
-        return jax.lax.scan(lambda h, pc: block(pc[0], h, pc[1], pc[2]), x, (params, cache, each))
+        return jax.lax.scan(lambda h, pce: block(pce[0], h, pce[1], *pce[2]), x, (params, cache, more))
     out = []
     for i, (p, c) in enumerate(zip(unstack(params, layers), cache or (None,) * layers)):
-        x, c = block(p, x, c, jax.tree.map(lambda e: e[i], each))
+        x, c = block(p, x, c, *jax.tree.map(lambda e: e[i], more))
         out.append(c)
     return x, (tuple(out) if cache is not None else None)
 

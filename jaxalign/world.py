@@ -1,0 +1,195 @@
+"""What all stages of a config share: mesh, tokenizer, template, model, and how data and weights are read with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxalign import shard
+from jaxalign.config import REWARDS, base, check_finite, family, imported, plain
+from jaxalign.data import chosen, hub, sources
+from jaxalign.data import tokenizers as toks
+from jaxalign.data.jinja import Jinja
+from jaxalign.data.rows import read
+from jaxalign.data.templates import Template, stop_ids
+from jaxalign.models import heads
+from jaxalign.rl.rollout import Sampling, check_length
+from jaxalign.train import checkpoint
+from jaxalign.types import Model, Tree, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What all stages of a config share."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    rules: dict
+    tokenizer: toks.Tokenizer
+    template: Template | Jinja
+    model: Model
+
+    def find(self, path: str) -> str:
+        """A path or a stage's name, looked for in the run's own directory first."""
+        inside = self.workdir / path
+        return str(inside if inside.exists() else path)
+
+    def stage_dir(self, name: str) -> Path:
+        return self.workdir / name if "stages" in self.config else self.workdir
+
+    def shard_of(self, batch: int) -> tuple[int, int]:
+        return shard.local_rows(self.mesh, batch)
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode([int(i) for i in ids if i not in (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)])
+
+
+def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
+    """Mesh, tokenizer and model. Trains the tokenizer if the config says on what and it is not there yet."""
+    check_finite(config)
+    mesh = make_mesh(config)
+    name = config.tokenizer.template
+    source = chosen.source(name, [str(workdir)])
+    tokenizer = _tokenizer(config, Path(workdir), chosen.specials(name, source))
+    template, tokenizer = chosen.template(name, source, tokenizer, config.tokenizer.get("variables") or "")
+    rules = dict(config.rules)
+    return World(config, Path(workdir), mesh, rules, tokenizer, template, _model(config.model, tokenizer))
+
+
+def make_mesh(config: ConfigDict):
+    return shard.make_mesh({k: int(v) for k, v in config.mesh.items()})
+
+
+def _tokenizer(config: ConfigDict, workdir: Path, specials: tuple[str, ...]) -> toks.Tokenizer:
+    c = config.tokenizer
+    if c.path:
+        inside = workdir / c.path
+        return toks.load(str(inside) if inside.exists() else c.path)
+    own = workdir / "tokenizer" / "tokenizer.model"
+    if c.train_on:
+        if jax.process_index() == 0 and not own.exists():  # the others ask nothing of the disk before the barrier
+            paths = [str(workdir / p if (workdir / p).exists() else p) for p in c.train_on.split(",")]
+            texts = (_text(r, where) for r, where in read(paths))
+            temp = own.with_suffix(f".{os.getpid()}.tmp")
+            toks.train_sentencepiece(texts, str(temp), config.model.vocab, c.kind, specials=specials)
+            os.replace(temp, own)
+        barrier("tokenizer")
+    if own.exists():
+        return toks.load(str(own))
+    if config.model.path:
+        return toks.load(config.model.path)
+    return toks.Bytes()
+
+
+def _text(record: dict, where: str) -> str:
+    if not isinstance(record.get("text"), str):
+        raise UserError(f"{where}: tokenizer.train_on wants rows with a \"text\", this one has {sorted(record)}; name a .txt file or JSONL of texts")
+    return record["text"]
+
+
+def barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
+    if c.path:
+        from jaxalign.models import hf
+
+        model = hf.read_config(c.path, dtype=c.dtype)
+    else:
+        shape = {k: v for k, v in plain(c).items() if k not in ("family", "path")}
+        shape["vocab"] = shape["vocab"] or tokenizer.vocab_size
+        for k in ("vocab", "dim", "layers", "heads"):
+            if not (isinstance(shape[k], int) and shape[k] > 0):
+                raise UserError(f"model.{k} must be a positive whole number, got {shape[k]!r}")
+        model = family(c.family).model(**shape)
+    if model.config.vocab < tokenizer.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only {model.config.vocab} embedding rows; set model.vocab to at least that")
+    return model
+
+
+def load_params(w: World, where: str, specs: Tree, what: str) -> Tree:
+    """Weights of a stage, a run directory or an HF directory, into their shards."""
+    path = w.find(where)
+    target = shard.abstract(specs, w.mesh, w.rules)
+    if os.path.isdir(os.path.join(path, "params")):
+        return checkpoint.load_tree(os.path.join(path, "params"), target)[0]
+    if os.path.exists(os.path.join(path, "model.safetensors")) or os.path.exists(os.path.join(path, "model.safetensors.index.json")):
+        from jaxalign.models import hf
+
+        return hf.load(path, mesh=w.mesh, rules=w.rules)[1]
+    raise UserError(f"{what}: {where!r} is neither a finished stage of {w.workdir}, nor a run directory with params/, nor an HF directory with model.safetensors")
+
+
+def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
+    """A source over `path` as the data section says."""
+    make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "prompts": sources.prompts_source}
+    kind = kind or c.kind
+    if not path:
+        raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
+    paths = [w.find(p) for p in path.split(",")]
+    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop") if k in c and k not in more and k in inspect.signature(make[kind]).parameters}
+    if ":" in (form := c.get("format") or ""):
+        form = imported(form)  # record -> example
+    skip = c.get("on_bad_row") == "skip"
+    aside = w.workdir / f"quarantine-{Path(paths[0]).name}" if skip and jax.process_index() == 0 else None
+    rows = read(
+        paths, on_bad_row="skip" if skip else "error", quarantine=aside and str(aside), text_split=c.get("text_split", "blank"), max_bad_fraction=c.get("max_bad_fraction", 0.01)
+    )  # fmt: skip
+    source = make[kind](
+        rows, w.tokenizer, batch_size=batch, seed=seed, template=w.template, shuffle=shuffle, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, format=form or None, **options, **more
+    )  # fmt: skip
+    longest = source.report()["max_length"]
+    check_length(w.model, min(longest, options.get("seq_len") or longest), path)
+    return source
+
+
+def trained(run: str) -> tuple[World, str, Tree]:
+    """(world, stage name, weights) of a finished stage's directory, from the config.json that it keeps."""
+    directory = Path(run)
+    if not (directory / "config.json").exists():
+        raise UserError(f"{run} holds no config.json: name a stage's directory, such as runs/quickstart/ppo")
+    config = ConfigDict(json.loads((directory / "config.json").read_text()))
+    name = config.stage
+    w = world(config, directory.parent if "stages" in config else directory)
+    kind = config.stages[name].objective.name if "stages" in config else config.objective
+    specs = heads.Scalar(w.model).specs() if kind in REWARDS else w.model.specs()
+    return w, name, load_params(w, str(directory.absolute()), specs, run)
+
+
+def imported_config(name: str, hf: str, model: Model) -> dict:
+    """What `trained` reads of weights that came from HF form."""
+    c = base(name)
+    c.model.path = c.tokenizer.path = str(Path(hf).absolute())
+    if hub.about(hf).chat_template:
+        c.tokenizer.template = "hf"
+    return {**plain(c), "stage": name, "objective": "lm"}
+
+
+def shown(record: dict) -> str:
+    """A prompt as one would print it."""
+    prompt = record.get("prompt", record)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def sampling(w: World, c: ConfigDict, **over) -> Sampling:
+    return Sampling(**{**plain(c), **over}, stop=stop_ids(w.tokenizer, w.template), pad=w.tokenizer.pad_id)
+
+
+def prompt_rows(w: World, rows, batch: int) -> sources.Offline:
+    """Prompts (records, or `read(path)`) in their own order, for sampling and evaluation, `batch` or a few more at a time."""
+    shards = shard.batch_shards(w.mesh)
+    batch = -(-batch // shards) * shards
+    return sources.prompts_source(
+        rows, w.tokenizer, batch_size=batch, seed=0, template=w.template, shuffle=False, shard=w.shard_of(batch), vocab_size=w.model.config.vocab, max_prompt_len=None
+    )  # fmt: skip
