@@ -82,6 +82,9 @@ class Fast:
         bytewise = {b: vocab.get(f"<0x{b:02X}>") for b in range(256)}
         names = {*self.specials, *(t for t in ("<unk>", about.names.get("unk_token")) if t in vocab)}
         self._guarded = {vocab[t] for t in names} | {i for i in bytewise.values() if i is not None}
+        # Decoded by the run: one bad byte makes all of its neighbours unknown.
+        by_run = '"ByteFallback"' in json.dumps(spec["decoder"])
+        self.byte_ids = frozenset(i for i in bytewise.values() if i is not None) if by_run else frozenset()
         words = [re.escape(t) for t in sorted(names, key=len, reverse=True)] + ["<0x[0-9A-F]{2}>"]
         self._guard = re.compile("|".join(words))
         bytewise = [bytewise[b] for b in _SPACE.encode()]
