@@ -28,7 +28,7 @@ from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.types import Objective, Source, Tree, UserError
-from jaxalign.world import World, barrier, data_source, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.world import World, adapted_by, barrier, data_source, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets; f32 runs report FLOP/s only.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
 from jaxalign.data.templates import Template, stop_ids
-from jaxalign.models import heads
+from jaxalign.models import heads, peft
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint
 from jaxalign.types import Model, Tree, UserError
@@ -154,17 +155,89 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     return source
 
 
-def trained(run: str) -> tuple[World, str, Tree]:
-    """(world, stage name, weights) of a finished stage's directory, from the config.json that it keeps."""
+def _opened(run: str, template: str = "") -> tuple[World, str, bool]:
+    """(world, stage name, whether it is a reward model) of a stage's directory, by the config.json that it keeps, or of a
+    Hugging Face directory, which is read as it is."""
     directory = Path(run)
     if not (directory / "config.json").exists():
-        raise UserError(f"{run} holds no config.json: name a stage's directory, such as runs/quickstart/ppo")
-    config = ConfigDict(json.loads((directory / "config.json").read_text()))
-    name = config.stage
+        inside = sorted(str(p.parent.parent) for p in directory.glob("*/params/manifest.json"))
+        which = f"; the stages in it are {', '.join(inside)}" if inside else ""
+        raise UserError(f"{run} holds no config.json: name a stage's directory, such as runs/quickstart/ppo, or a Hugging Face directory{which}")
+    try:
+        said = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{directory / 'config.json'} is not readable JSON: {e}") from None
+    if not isinstance(said, dict) or not {"stage", "model_type", "architectures"} & set(said):
+        raise UserError(f"{directory / 'config.json'} is neither a stage's nor a Hugging Face model's: it has no \"stage\" and no \"model_type\"")
+    published = "stage" not in said
+    if published:
+        from jaxalign.models import hf
+
+        said, classes = imported_config(directory.name, run, hf.read_config(run)), said.get("architectures") or ()
+    config = ConfigDict(said)
+    if template:
+        config.tokenizer.template = template
     w = world(config, directory.parent if "stages" in config else directory)
-    kind = config.stages[name].objective.name if "stages" in config else config.objective
-    specs = heads.Scalar(w.model).specs() if kind in REWARDS else w.model.specs()
-    return w, name, load_params(w, str(directory.absolute()), specs, run)
+    kind = config.stages[config.stage].objective.name if "stages" in config else config.objective
+    return w, config.stage, any("ForSequenceClassification" in c for c in classes) if published else kind in REWARDS
+
+
+def trained(run: str, *, template: str = "", adapter: str = "", writes: bool = False) -> tuple[World, str, Tree]:
+    """(world, stage name, weights) of a finished stage's directory, or of a Hugging Face directory with its own chat template.
+
+    template: another than its own. adapter: a PEFT directory, or a stage that left one, attached to the weights and not merged.
+    writes: refuse, before any weight is read, a model that can not continue a text.
+    """
+    w, name, reward = _opened(run, template)
+    if writes:
+        if reward:
+            raise UserError(f"{run} holds a reward model: it scores texts and writes none; name a policy's directory")
+        if not getattr(w.model, "causal", True):
+            raise UserError(f"{run} holds a model that reads both ways (model.family {w.config.model.family}): it can not continue a text; name a causal one")
+        if getattr(w.model, "start", None) is not None:
+            raise UserError(f"{run} holds an encoder-decoder: continuing a text with one is not supported; name a decoder")
+    params = load_params(w, str(Path(run).absolute()), heads.Scalar(w.model).specs() if reward else w.model.specs(), run)
+    return w, name, adapted_by(w, params, adapter) if adapter else params
+
+
+def adapted_by(w: World, params: Tree, adapter: str) -> Tree:
+    """The weights (of a reward model: {"trunk", "head"}) with the adapter of a PEFT directory, or of a stage that left one."""
+    path = Path(w.find(adapter))
+    path = path / "adapter" if (path / "adapter").is_dir() else path
+    if not (path / peft.CONFIG).exists():
+        raise UserError(f"--adapter={adapter}: there is no {path / peft.CONFIG}; name a PEFT directory, or a stage that was trained with adapters")
+    if "trunk" not in params:
+        return peft.load(path, w.model, params, mesh=w.mesh, rules=w.rules)
+    trunk, head = peft.load(path, w.model, params["trunk"], head=params["head"], mesh=w.mesh, rules=w.rules)
+    return {"trunk": trunk, "head": head}
+
+
+class Generation(NamedTuple):
+    """What generation_config.json of the Hugging Face directory that a model comes from asks for."""
+
+    path: str = ""
+    stop: tuple[int, ...] = ()  # eos_token_id, one or several
+    settings: dict = {}  # temperature, top_k, top_p, as far as it says them; nothing unless it says do_sample
+
+
+def generation(w: World) -> Generation:
+    """Of a model trained here only the stop ids are taken: how its base was sampled from says nothing of it."""
+    path = Path(w.config.model.path or "nowhere") / "generation_config.json"
+    if not w.config.model.path or not path.exists():
+        return Generation()
+    try:
+        c = json.loads(path.read_text(encoding="utf-8"))
+        stop = c.get("eos_token_id")
+        stop = tuple(stop if isinstance(stop, list) else [] if stop is None else [stop])
+        if not all(type(i) is int and 0 <= i < w.model.config.vocab for i in stop):
+            raise ValueError(f"eos_token_id {c['eos_token_id']!r} is no id of this vocabulary")
+        settings = {k: c[k] for k in ("temperature", "top_k", "top_p") if c.get(k) is not None and c.get("do_sample")}
+        if not all(type(v) in (int, float) for v in settings.values()):
+            raise ValueError(f"{settings} are not numbers")
+        Sampling(1, **settings)
+    except (ValueError, AttributeError, UserError) as e:
+        raise UserError(f"{path}: {e}; mend it or remove the file") from None
+    return Generation(str(path), stop, settings if not {"section", "stages"} & set(w.config) else {})
 
 
 def imported_config(name: str, hf: str, model: Model) -> dict:

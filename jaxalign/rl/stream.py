@@ -95,7 +95,8 @@ class Stream:
         cache, self._cache = self._cache, None
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             if cache is None:
-                cache = self.model.init_cache(self._rows, size)
+                # Copies, because two leaves may share one buffer, and a buffer is donated once.
+                cache = jax.tree.map(jnp.copy, self.model.init_cache(self._rows, size))
             elif cache["segments"].shape[1] < size:
                 cache = _grown(cache, size)
             self._cache, *out = program(self.model, static, self.params, cache, at, *args)

@@ -21,6 +21,14 @@ N = 11
 WAYS = {"greedy": {"temperature": 0.0}, "sampled": {}, "cool": {"temperature": 0.7, "top_k": 6, "top_p": 0.8}}
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Every program that XLA compiled for the CPU holds dozens of memory maps, and a process may have 65,530: hundreds of
+    small programs end in a segmentation fault."""
+    yield
+    jax.clear_caches()
+
+
 @functools.cache
 def sharp(model):
     return tiny.loud(tiny.init(model, seed=3), 2.0)
@@ -42,11 +50,11 @@ def rolled(model, how, tokens, row=0, key=KEY):
 def test_the_tokens_of_a_rollout(name, way):
     """For prompts shorter and longer than a bucket of 16; chunks of one, of some, of more than there are."""
     model = MODELS[name]
-    for n, row in ((1, 0), (5, 3), (17, 1)):
+    for n, row in ((1, 0), (17, 3)):
         how = Sampling(N, (), **WAYS[way])
         free = rolled(model, how, text(n), row)
         assert len(free) == N
-        for chunk in (1, 3, 8, 64):
+        for chunk in (1, 4, 64):
             assert list(stream(model, how, sharp(model), text(n), KEY, row=row, chunk=chunk)) == free, (n, chunk)
         how = Sampling(N, (free[4], 99), **WAYS[way])  # stops in the middle of a chunk
         want = rolled(model, how, text(n), row)
