@@ -14,11 +14,12 @@ from jaxalign.types import UserError
 VERBS = {
     "pipeline": "raw text to aligned models and a report, all stages of one config",
     "train": "one stage: pretraining, SFT, reward model, DPO, PPO (--stage picks one of several)",
-    "sample": "continue prompts with a trained model",
+    "sample": "continue prompts with a trained model, a Hugging Face directory, either with an adapter",
+    "chat": "talk with one of these, in the terminal or through a pipe",
     "eval": "held-out metrics of a trained stage, and gold rewards where the world knows them",
     "inspect": "how the data becomes tokens and masks, and how the weights are laid out",
     "validate": "everything but the training: config, tokenizer, template, data and masks; exit 0 or 2",
-    "convert": "between Hugging Face safetensors and jaxalign weights",
+    "convert": "between Hugging Face safetensors and jaxalign weights; adapters in and out",
 }
 
 HELP = "usage: jaxalign VERB [flags]\n\n" + "\n".join(f"  {v:10} {t}" for v, t in VERBS.items()) + (

@@ -7,51 +7,87 @@ import sys
 
 from absl import flags
 
+from jaxalign.cli import speak
 from jaxalign.cli.main import common
 from jaxalign.types import UserError
 
 
 def define(fv):
     common(fv, config=False)
-    flags.DEFINE_string("run", None, "a stage's directory (runs/quickstart/ppo)", flag_values=fv)
+    speak.define(fv, max_new=128)
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be given several times", flag_values=fv)
     flags.DEFINE_string("prompts", None, "a JSONL file of prompts", flag_values=fv)
     flags.DEFINE_integer("n", 1, "completions per prompt", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("max_new", 128, "tokens at most", lower_bound=1, flag_values=fv)
-    flags.DEFINE_float("temperature", 1.0, "0 is greedy", lower_bound=0.0, flag_values=fv)
-    flags.DEFINE_integer("top_k", 0, "0: all", lower_bound=0, flag_values=fv)
-    flags.DEFINE_float("top_p", 1.0, "1: all", lower_bound=0.0, upper_bound=1.0, flag_values=fv)
-    flags.DEFINE_integer("seed", 0, "of the random draws", flag_values=fv)
-    flags.DEFINE_bool("json", False, "one JSON object per line", flag_values=fv)
+    flags.DEFINE_bool("json", False, "one JSON object per line, with the reason why it stopped: stop, length or string", flag_values=fv)
+    flags.DEFINE_bool("stream", None, "show the text as it comes; default: for a single prompt on a terminal", flag_values=fv)
 
 
 def main(fv, rest):
     import jax
 
     from jaxalign import build
-    from jaxalign.data import rows
+    from jaxalign.data import detokenize, rows
     from jaxalign.evals import policy
 
-    if not fv.run:
-        raise UserError("--run is missing: jaxalign sample --run=runs/quickstart/ppo --prompt='Review the noodle soup.'")
-    w, name, params = build.trained(fv.run)
-    if "trunk" in params:
-        raise UserError(f"{fv.run} holds a reward model: it scores texts and writes none; name a policy's directory")
-    records = [{"prompt": p} for p in [*fv.prompt, *rest]]
+    speaker = speak.opened(fv, "sample")
+    w = speaker.w
+    given = [*fv.prompt, *rest]
+    if not all(p.strip() for p in given):
+        raise UserError("a prompt is empty: there is nothing to continue; give it some text")
+    records = [{"prompt": p} for p in given]
     if fv.prompts:
         records += [r for r, _ in rows.read(fv.prompts)]
     if not records:
         raise UserError("no prompt: give --prompt='...' or --prompts=FILE.jsonl")
     records = [r for r in records for _ in range(fv.n)]
-    how = build.sampling(w, {}, **{k: fv[k].value for k in ("max_new", "temperature", "top_k", "top_p")})
+    asked = [_with_system(r, fv.system) for r in records] if fv.system is not None else records
+    one = len(records) == 1 and not fv.json and jax.process_count() == 1
+    if fv.stream and not one:
+        raise UserError("--stream shows one prompt as text, in one process: leave out the other prompts, --n and --json")
+    if jax.process_index() == 0:
+        for text in speaker.notes:
+            speak.note(text)
     batch = min(64, len(records))
-    got = policy.sample(w.model, params, how, build.prompt_rows(w, records, batch), w.decode, jax.random.key(fv.seed), w.mesh, score=False)
+    source = build.prompt_rows(w, asked, batch)
+    if one and (sys.stdout.isatty() if fv.stream is None else fv.stream):
+        return _stream(speaker, source, build.shown(records[0]), fv.seed)
+    got = policy.sample(w.model, speaker.params, speaker.how, source, speaker.decode, jax.random.key(fv.seed), w.mesh, score=False)
     if jax.process_index():  # every process has all samples; one prints them
         return
     for r, text, length, cut in zip(records, got.completions, got.length, got.truncated):
         prompt = build.shown(r)
+        text, found = detokenize.cut_at(text, speaker.stops)
+        cut = bool(cut) and found is None
         if fv.json:
-            print(json.dumps({"prompt": prompt, "completion": text, "tokens": int(length), "truncated": bool(cut)}, ensure_ascii=False))
+            why = "string" if found is not None else "length" if cut else "stop"
+            print(json.dumps({"prompt": prompt, "completion": text, "tokens": int(length), "truncated": cut, "reason": why}, ensure_ascii=False))
         else:
             bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
             print(f"{prompt}{bold}{text}{plain}{' ...' if cut else ''}\n")
+
+
+def _with_system(record: dict, system: str) -> dict:
+    """The record with a system turn before its prompt."""
+    key = "messages" if "messages" in record else "prompt"
+    said = record.get(key)
+    turns = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    if not isinstance(turns, list) or any(isinstance(m, dict) and m.get("role") == "system" for m in turns):
+        raise UserError(f"--system: this prompt has a system turn of its own, or is none to put one before: {json.dumps(record, ensure_ascii=False)[:200]}")
+    return {**record, key: [{"role": "system", "content": system}, *turns]}
+
+
+def _stream(speaker: speak.Speaker, source, prompt: str, seed: int) -> None:
+    import jax
+
+    from jaxalign.data.sources import eval_batches
+    from jaxalign.rl.rollout import check_length
+    from jaxalign.rl.stream import Stream
+
+    w, how = speaker.w, speaker.how
+    check_length(w.model, source.report()["max_length"] + how.max_new, "the longest prompt with max_new")
+    batch = next(iter(eval_batches(source)))
+    ids = batch.tokens[0][batch.segments[0] > 0]
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    speak.shown(prompt + bold)
+    got = speak.answer(speaker, Stream(w.model, speaker.params, w.mesh), ids, how, jax.random.key(seed), 0, speak.shown)
+    speak.shown(f"{plain}{' ...' if got.reason in ('length', 'interrupted') else ''}\n\n")
