@@ -304,7 +304,7 @@ def save(directory, model, params: Tree, *, base: str | None = None, head: Tree 
         meta["jaxalign_score_bias"] = repr(float(shard.to_host(head["bias"])))
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if reward else "SEQ_2_SEQ_LM" if model.start is not None else "CAUSAL_LM" if model.causal else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": r,
