@@ -436,5 +436,5 @@ def test_token_ids_come_from_the_tokenizer(tmp_path):
     hf.save(tmp_path, model, params, tokenizer=Tokenizer())
     for name in ("config.json", "generation_config.json"):
         content = json.loads((tmp_path / name).read_text())
-        assert content["bos_token_id"] == 1 and content["eos_token_id"] == 2 and "pad_token_id" not in content
+        assert content["bos_token_id"] == 1 and content["eos_token_id"] == 2 and content["pad_token_id"] is None
     assert (tmp_path / "tokenizer.model").exists()
