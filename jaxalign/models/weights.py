@@ -33,7 +33,7 @@ from jaxalign import shard
 from jaxalign.types import UserError
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BLOCK = 1 << 20  # bytes; a block and its transpose fit a core's L2 cache
+BLOCK = 4 << 20  # bytes; smaller ones write the transpose in pieces too short, larger ones leave the cache
 THREADS = min(os.cpu_count() or 1, 8)
 ALIGNED = 64  # bytes: from such an address XLA on CPU takes an array over without copying it
 
@@ -225,26 +225,24 @@ def _fill(t: Tensor, targets: list[tuple[Span, np.ndarray]]) -> None:
     dtype = np.dtype(DTYPES[t.kind])
     row = math.prod(shape[1:]) * dtype.itemsize
     step = _step(row)
-    for (low, high), out in [(s[0], out) for s, out in targets if out.flags.c_contiguous and out.dtype == dtype and _whole(s, shape)]:
-        _pread(t, out.view(np.uint8).reshape(-1), low * row)
-    rest = [(s, out) for s, out in targets if not (out.flags.c_contiguous and out.dtype == dtype and _whole(s, shape))]
+    rest = []
+    for s, out in targets:
+        if out.flags.c_contiguous and out.dtype == dtype and all(c == (0, n) for c, n in zip(s[1:], shape[1:])):
+            _pread(t, out.reshape(-1).view(np.uint8), s[0][0] * row)  # whole rows of the same dtype need no block
+        else:
+            rest.append((s, out))
     if not rest:
         return
-    block = np.empty((step, *shape[1:]), dtype)
+    block = np.empty((min(step, shape[0]), *shape[1:]), dtype)
     for low, high in _union(s[0] for s, _ in rest):
         for a in range(low, high, step):
             b = min(a + step, high)
-            _pread(t, block[: b - a].view(np.uint8).reshape(-1), a * row)
+            _pread(t, block[: b - a].reshape(-1).view(np.uint8), a * row)
             for (rows, *columns), out in rest:
                 c, d = max(a, rows[0]), min(b, rows[1])
                 if c < d:
                     cut = block[(slice(c - a, d - a), *(slice(*s) for s in columns))]
                     copy(out[c - rows[0] : d - rows[0]], cut, t.name)
-
-
-def _whole(span: Span, shape: tuple[int, ...]) -> bool:
-    """Whole rows, so that they lie together in the file?"""
-    return all(s == (0, n) for s, n in zip(span[1:], shape[1:]))
 
 
 def _step(row: int) -> int:
@@ -361,7 +359,7 @@ def _put(fd: int, start: int, x: np.ndarray, dtype: np.dtype, name: str, pool: T
             out = np.empty(y.shape, dtype)
             copy(out, y, name)
             y = out
-        _pwrite(fd, y.view(np.uint8).reshape(-1), start + a * row)
+        _pwrite(fd, y.reshape(-1).view(np.uint8), start + a * row)
 
     for _ in pool.map(block, range(0, x.shape[0], step)):
         pass
