@@ -35,6 +35,7 @@ def main(fv, rest):
     to, start = Path(fv.to), time.perf_counter()
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to} is not empty; choose another directory")
+    build.barrier("convert")  # a fast process must not fill it before a slow one has looked
     if fv.run:
         w, name, params = build.trained(fv.run, dtype=None)
         model, source = w.model, Path(fv.run) / "params"

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxalign import shard, tree
-from jaxalign.models import decoder, hf, weights
+from jaxalign.models import decoder, hf, vocab, weights
 from jaxalign.ops import nn
 from jaxalign.types import UserError
 from safetensors.numpy import load_file, save_file
@@ -204,6 +204,21 @@ def test_export_of_sharded_params_writes_the_same_bytes(mixture, tmp_path):
     files = {f.name: f.read_bytes() for f in directory.iterdir()}
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == files
     assert written == sum(len(b) for n, b in files.items() if n.endswith(".safetensors"))
+
+
+def test_two_processes_import_and_export_together(mixture, tmp_path):
+    """Each reads what its four devices hold; process 0 writes what both have."""
+    directory, _ = mixture
+    (directory / "tokenizer.bytes").touch()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "4"}
+    convert = lambda *a: subprocess.run([sys.executable, "-m", "jaxalign.cli.main", "convert", "--processes=2", *a], env=env, check=True, timeout=200)
+    convert(f"--hf={directory}", f"--to={tmp_path / 'run'}", "--resize_vocab=264")  # the tokenizer of bytes has 259 ids
+    convert(f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
+    (directory / "tokenizer.bytes").unlink()
+    alone, params = vocab.resize(*hf.load(directory), 264, used=259)
+    hf.save(tmp_path / "want", alone, params)
+    for name in ("model.safetensors",):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
 
 
 def test_tensors_are_aligned_to_their_dtype(tmp_path):
