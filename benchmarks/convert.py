@@ -10,7 +10,8 @@ of resident memory (VmHWM; ru_maxrss would start from its parent's, which exec h
 the size in the target dtype. Export holds the params it writes, so its size is theirs.
 
 speed: GB/s (10^9 bytes of files per second) with files in the page cache, sides in turn, the order reversed every round,
-medians of all rounds; a ratio is their seconds over ours, round by round. Ours reads the bytes and transposes the
+medians of all rounds; a ratio is their seconds over ours, round by round: wall is what you wait, cpu (seconds of all cores
+together, also of the kernel) is steadier on a machine that others use. Ours reads the bytes and transposes the
 matrices, which theirs stay mapped files: load_file and, in the file's dtype, from_pretrained return before a byte of data
 is read. "and touched" reads one number of each page of what they returned, the least that makes the bytes arrive. Ours
 syncs what it exports, theirs does not, so ours is also timed without.
@@ -150,18 +151,19 @@ def sides(source: Path, target: Path) -> dict:
     }
 
 
-def timed(group: dict, size: int, repeats: int, target: Path) -> list[tuple[str, float, float]]:
-    """[(side, GB/s, median of their seconds over ours)]"""
+def timed(group: dict, size: int, repeats: int, target: Path) -> list[tuple[str, float, float, float]]:
+    """[(side, GB/s, median of their seconds over ours: wall, cpu)]"""
     seconds = {k: [] for k in group}
     for i in range(repeats + 1):  # the first round warms caches
         for k in list(group)[:: 1 if i % 2 else -1]:
             shutil.rmtree(target, ignore_errors=True)
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), time.process_time()
             out = group[k]()
-            seconds[k].append(time.perf_counter() - start)
+            seconds[k].append((time.perf_counter() - start, time.process_time() - spent))
             del out
     first = seconds[next(iter(group))][1:]
-    return [(k, size / statistics.median(s[1:]) / 1e9, statistics.median(a / b for a, b in zip(s[1:], first))) for k, s in seconds.items()]
+    ratio = lambda s, j: statistics.median(a[j] / b[j] for a, b in zip(s[1:], first))
+    return [(k, size / statistics.median(w for w, _ in s[1:]) / 1e9, ratio(s, 0), ratio(s, 1)) for k, s in seconds.items()]
 
 
 def main():
@@ -191,10 +193,10 @@ def main():
                 print(rows[-1], file=sys.stderr, flush=True)
             text.append("\n".join(rows) + f"\n\nThe limit is {LIMIT}.")
         if a.only != "memory":
-            rows = ["| | side | GB/s | their seconds / ours |", "|---|---|---|---|"]
+            rows = ["| | side | GB/s | their wall / ours | their cpu / ours |", "|---|---|---|---|---|"]
             for name, group in sides(source, target):
-                for side, speed, ratio in timed(group, size, a.repeats, target):
-                    rows.append(f"| {name} | {side} | {speed:.2f} | {ratio:.2f} |")
+                for side, speed, wall, cpu in timed(group, size, a.repeats, target):
+                    rows.append(f"| {name} | {side} | {speed:.2f} | {wall:.2f} | {cpu:.2f} |")
                     print(rows[-1], file=sys.stderr, flush=True)
             text.append("\n".join(rows))
     from speed import write
