@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 from pathlib import Path
 
