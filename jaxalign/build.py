@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
-from jaxalign.config import OBJECTIVES, REWARDS, base, check_finite, family, fields, imported, nearest, plain, stages
+from jaxalign.config import OBJECTIVES, REWARDS, base, check_finite, family, fields, imported, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.rows import read
