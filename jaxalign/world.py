@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from jaxalign import shard
+from jaxalign import shard, tree
 from jaxalign.config import REWARDS, base, check_finite, family, imported, plain
 from jaxalign.data import chosen, hub, sources
 from jaxalign.data import tokenizers as toks
@@ -118,16 +118,19 @@ def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
     return model
 
 
-def load_params(w: World, where: str, specs: Tree, what: str) -> Tree:
-    """Weights of a stage, a run directory or an HF directory, into their shards."""
+def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None = "float32") -> Tree:
+    """Weights of a stage, a run directory or an HF directory, into their shards. dtype None: as they are saved."""
     path = w.find(where)
-    target = shard.abstract(specs, w.mesh, w.rules)
-    if os.path.isdir(os.path.join(path, "params")):
-        return checkpoint.load_tree(os.path.join(path, "params"), target)[0]
+    if os.path.isdir(params := os.path.join(path, "params")):
+        saved = tree.flat(checkpoint.structure(params))
+        kind = lambda k: saved[k].dtype if k in saved else "float32"
+        target = tree.map_named(lambda k, x: jax.ShapeDtypeStruct(x.shape, kind(k), sharding=x.sharding), shard.abstract(specs, w.mesh, w.rules))
+        held = tree.flat(checkpoint.load_tree(params, target)[0])
+        return tree.unflat({k: x if dtype in (None, x.dtype.name) else x.astype(dtype) for k in list(held) for x in [held.pop(k)]})  # leaf by leaf
     if os.path.exists(os.path.join(path, "model.safetensors")) or os.path.exists(os.path.join(path, "model.safetensors.index.json")):
         from jaxalign.models import hf
 
-        return hf.load(path, mesh=w.mesh, rules=w.rules)[1]
+        return hf.load(path, dtype=dtype, mesh=w.mesh, rules=w.rules)[1]
     raise UserError(f"{what}: {where!r} is neither a finished stage of {w.workdir}, nor a run directory with params/, nor an HF directory with model.safetensors")
 
 
@@ -154,8 +157,8 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     return source
 
 
-def trained(run: str) -> tuple[World, str, Tree]:
-    """(world, stage name, weights) of a finished stage's directory, from the config.json that it keeps."""
+def trained(run: str, dtype: str | None = "float32") -> tuple[World, str, Tree]:
+    """(world, stage name, weights) of a finished stage's directory, from the config.json that it keeps. dtype: as `load_params`."""
     directory = Path(run)
     if not (directory / "config.json").exists():
         raise UserError(f"{run} holds no config.json: name a stage's directory, such as runs/quickstart/ppo")
@@ -164,16 +167,20 @@ def trained(run: str) -> tuple[World, str, Tree]:
     w = world(config, directory.parent if "stages" in config else directory)
     kind = config.stages[name].objective.name if "stages" in config else config.objective
     specs = heads.Scalar(w.model).specs() if kind in REWARDS else w.model.specs()
-    return w, name, load_params(w, str(directory.absolute()), specs, run)
+    return w, name, load_params(w, str(directory.absolute()), specs, run, dtype)
 
 
-def imported_config(name: str, hf: str, model: Model) -> dict:
-    """What `trained` reads of weights that came from HF form."""
-    c = base(name)
-    c.model.path = c.tokenizer.path = str(Path(hf).absolute())
+def imported_config(name: str, hf: str, model: Model, objective: str = "lm") -> dict:
+    """What `trained` reads of weights that came from HF form. `model` may be another than HF's config.json describes."""
+    from jaxalign.models.hf import read_config
+
+    where = str(Path(hf).absolute())
+    shape = {"path": where} if model == read_config(where) else {"family": model.family.__name__.split(".")[-1], **dataclasses.asdict(model.config)}
+    c = base(name, **shape)
+    c.tokenizer.path = where
     if hub.about(hf).chat_template:
         c.tokenizer.template = "hf"
-    return {**plain(c), "stage": name, "objective": "lm"}
+    return {**plain(c), "stage": name, "objective": objective}
 
 
 def shown(record: dict) -> str:
