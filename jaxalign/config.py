@@ -29,6 +29,7 @@ from jaxalign.types import Objective, UserError
 # name -> (maker, what its batches are). A config may name any other maker by import path, "package.module:function".
 OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
     "lm": (lm.lm, "tokens"),
+    "masked_lm": (lm.masked, "tokens"),
     "reward": (reward.rankings, "rankings"),
     "reward_pairs": (reward.pairs, "pairs"),
     "dpo": (preference.dpo, "pairs"),

@@ -17,7 +17,7 @@ from jaxalign.data import chosen, hub, sources
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
-from jaxalign.data.templates import Template, stop_ids
+from jaxalign.data.templates import Template, encode_prompt, stop_ids
 from jaxalign.models import heads
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint
@@ -47,6 +47,11 @@ class World:
     def shard_of(self, batch: int) -> tuple[int, int]:
         return shard.local_rows(self.mesh, batch)
 
+    @property
+    def scored(self) -> World:
+        """The same world for a reward model: of BERT, the trunk with a pooler in place of the masked-LM head."""
+        return self if getattr(self.model, "causal", True) else dataclasses.replace(self, model=self.model.scored())
+
     def decode(self, ids) -> str:
         return self.tokenizer.decode([int(i) for i in ids if i not in (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)])
 
@@ -60,7 +65,14 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
     tokenizer = _tokenizer(config, Path(workdir), chosen.specials(name, source))
     template, tokenizer = chosen.template(name, source, tokenizer, config.tokenizer.get("variables") or "")
     rules = dict(config.rules)
-    return World(config, Path(workdir), mesh, rules, tokenizer, template, _model(config.model, tokenizer))
+    model = _model(config.model, tokenizer)
+    start = getattr(model, "start", None)
+    if start is not None and encode_prompt("a", tokenizer, template)[-1] != start:
+        raise UserError(
+            f"the decoder of this model starts with id {start}, so prompts must end with it: set tokenizer.template to encoder_decoder, "
+            f"whose prompts end with the tokenizer's PAD (id {tokenizer.pad_id})" + ("" if start == tokenizer.pad_id else f", and model.start to {tokenizer.pad_id}")
+        )
+    return World(config, Path(workdir), mesh, rules, tokenizer, template, model)
 
 
 def make_mesh(config: ConfigDict):
@@ -166,6 +178,7 @@ def trained(run: str, dtype: str | None = "float32") -> tuple[World, str, Tree]:
     name = config.stage
     w = world(config, directory.parent if "stages" in config else directory)
     kind = config.stages[name].objective.name if "stages" in config else config.objective
+    w = w.scored if kind in REWARDS else w
     specs = heads.Scalar(w.model).specs() if kind in REWARDS else w.model.specs()
     return w, name, load_params(w, str(directory.absolute()), specs, run, dtype)
 
