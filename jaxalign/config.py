@@ -108,7 +108,7 @@ def base(name: str, **model: Any) -> ConfigDict:
     )
 
 
-def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
+def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     """One training run. `sections` fill objective, data, train, optim and (for ppo) rl; unknown keys are refused.
 
     `init` names where the weights come from: another stage, a run directory or an HF directory; "" is model.path if the
