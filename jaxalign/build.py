@@ -187,6 +187,12 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     frozen: dict[str, Tree] = {}
     prepare = lambda b: b
 
+    if kind not in (*REWARDS, "masked_lm") and kind in OBJECTIVES and not getattr(w.model, "causal", True):
+        raise UserError(f"{name}: this model reads both ways and writes nothing; it can be trained with masked_lm, {' or '.join(REWARDS)}")
+    if kind in REWARDS and w.scored is not w:
+        w, whole = w.scored, {} if trunk is None else tree.flat(trunk)
+        fresh = tree.flat(draw(w.model.specs(), "trunk"))  # a pooler that no masked-LM head has
+        trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
     if kind == "ppo":
         model, objective, source, params = _make_ppo(w, name, c, options, trunk, draw, key, frozen)
     else:

@@ -29,6 +29,7 @@ from jaxalign.types import Objective, UserError
 # name -> (maker, what its batches are). A config may name any other maker by import path, "package.module:function".
 OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
     "lm": (lm.lm, "tokens"),
+    "masked_lm": (lm.masked, "tokens"),
     "reward": (reward.rankings, "rankings"),
     "reward_pairs": (reward.pairs, "pairs"),
     "dpo": (preference.dpo, "pairs"),
@@ -107,7 +108,7 @@ def base(name: str, **model: Any) -> ConfigDict:
     )
 
 
-def stage(objective: str, **sections: dict[str, Any]) -> ConfigDict:
+def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     """One training run. `sections` fill objective, data, train, optim and (for ppo) rl; unknown keys are refused.
 
     `init` names where the weights come from: another stage, a run directory or an HF directory; "" is model.path if the

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxalign import shard
+from jaxalign import shard, tree
 from jaxalign.config import REWARDS, base, check_finite, family, imported, plain
 from jaxalign.data import chosen, hub, sources
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
-from jaxalign.data.templates import Template, stop_ids
+from jaxalign.data.templates import Template, encode_prompt, stop_ids
 from jaxalign.models import heads, peft
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint
@@ -48,6 +48,11 @@ class World:
     def shard_of(self, batch: int) -> tuple[int, int]:
         return shard.local_rows(self.mesh, batch)
 
+    @property
+    def scored(self) -> World:
+        """The same world for a reward model: of BERT, the trunk with a pooler in place of the masked-LM head."""
+        return self if getattr(self.model, "causal", True) else dataclasses.replace(self, model=self.model.scored())
+
     def decode(self, ids) -> str:
         return self.tokenizer.decode([int(i) for i in ids if i not in (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)])
 
@@ -61,7 +66,14 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
     tokenizer = _tokenizer(config, Path(workdir), chosen.specials(name, source))
     template, tokenizer = chosen.template(name, source, tokenizer, config.tokenizer.get("variables") or "")
     rules = dict(config.rules)
-    return World(config, Path(workdir), mesh, rules, tokenizer, template, _model(config.model, tokenizer))
+    model = _model(config.model, tokenizer)
+    start = getattr(model, "start", None)
+    if start is not None and encode_prompt("a", tokenizer, template)[-1] != start:
+        raise UserError(
+            f"the decoder of this model starts with id {start}, so prompts must end with it: set tokenizer.template to encoder_decoder, "
+            f"whose prompts end with the tokenizer's PAD (id {tokenizer.pad_id})" + ("" if start == tokenizer.pad_id else f", and model.start to {tokenizer.pad_id}")
+        )
+    return World(config, Path(workdir), mesh, rules, tokenizer, template, model)
 
 
 def make_mesh(config: ConfigDict):
@@ -119,16 +131,19 @@ def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
     return model
 
 
-def load_params(w: World, where: str, specs: Tree, what: str) -> Tree:
-    """Weights of a stage, a run directory or an HF directory, into their shards."""
+def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None = "float32") -> Tree:
+    """Weights of a stage, a run directory or an HF directory, into their shards. dtype None: as they are saved."""
     path = w.find(where)
-    target = shard.abstract(specs, w.mesh, w.rules)
-    if os.path.isdir(os.path.join(path, "params")):
-        return checkpoint.load_tree(os.path.join(path, "params"), target)[0]
+    if os.path.isdir(params := os.path.join(path, "params")):
+        saved = tree.flat(checkpoint.structure(params))
+        kind = lambda k: saved[k].dtype if k in saved else "float32"
+        target = tree.map_named(lambda k, x: jax.ShapeDtypeStruct(x.shape, kind(k), sharding=x.sharding), shard.abstract(specs, w.mesh, w.rules))
+        held = tree.flat(checkpoint.load_tree(params, target)[0])
+        return tree.unflat({k: x if dtype in (None, x.dtype.name) else x.astype(dtype) for k in list(held) for x in [held.pop(k)]})  # leaf by leaf
     if os.path.exists(os.path.join(path, "model.safetensors")) or os.path.exists(os.path.join(path, "model.safetensors.index.json")):
         from jaxalign.models import hf
 
-        return hf.load(path, mesh=w.mesh, rules=w.rules)[1]
+        return hf.load(path, dtype=dtype, mesh=w.mesh, rules=w.rules)[1]
     raise UserError(f"{what}: {where!r} is neither a finished stage of {w.workdir}, nor a run directory with params/, nor an HF directory with model.safetensors")
 
 
@@ -182,10 +197,10 @@ def _opened(run: str, template: str = "") -> tuple[World, str, bool]:
     return w, config.stage, any("ForSequenceClassification" in c for c in classes) if published else kind in REWARDS
 
 
-def trained(run: str, *, template: str = "", adapter: str = "", writes: bool = False) -> tuple[World, str, Tree]:
+def trained(run: str, dtype: str | None = "float32", *, template: str = "", adapter: str = "", writes: bool = False) -> tuple[World, str, Tree]:
     """(world, stage name, weights) of a finished stage's directory, or of a Hugging Face directory with its own chat template.
 
-    template: another than its own. adapter: a PEFT directory, or a stage that left one, attached to the weights and not merged.
+    dtype: as `load_params`. template: another than its own. adapter: a PEFT directory, or a stage that left one, attached to the weights and not merged.
     writes: refuse, before any weight is read, a model that can not continue a text.
     """
     w, name, reward = _opened(run, template)
@@ -196,7 +211,8 @@ def trained(run: str, *, template: str = "", adapter: str = "", writes: bool = F
             raise UserError(f"{run} holds a model that reads both ways (model.family {w.config.model.family}): it can not continue a text; name a causal one")
         if getattr(w.model, "start", None) is not None:
             raise UserError(f"{run} holds an encoder-decoder: continuing a text with one is not supported; name a decoder")
-    params = load_params(w, str(Path(run).absolute()), heads.Scalar(w.model).specs() if reward else w.model.specs(), run)
+    w = w.scored if reward else w
+    params = load_params(w, str(Path(run).absolute()), heads.Scalar(w.model).specs() if reward else w.model.specs(), run, dtype)
     return w, name, adapted_by(w, params, adapter) if adapter else params
 
 
@@ -222,8 +238,8 @@ class Generation(NamedTuple):
 
 def generation(w: World) -> Generation:
     """Of a model trained here only the stop ids are taken: how its base was sampled from says nothing of it."""
-    path = Path(w.config.model.path or "nowhere") / "generation_config.json"
-    if not w.config.model.path or not path.exists():
+    named = (Path(p) / "generation_config.json" for p in (w.config.model.path, w.config.tokenizer.path) if p)
+    if (path := next((p for p in named if p.exists()), None)) is None:
         return Generation()
     try:
         c = json.loads(path.read_text(encoding="utf-8"))
@@ -240,13 +256,17 @@ def generation(w: World) -> Generation:
     return Generation(str(path), stop, settings if not {"section", "stages"} & set(w.config) else {})
 
 
-def imported_config(name: str, hf: str, model: Model) -> dict:
-    """What `trained` reads of weights that came from HF form."""
-    c = base(name)
-    c.model.path = c.tokenizer.path = str(Path(hf).absolute())
+def imported_config(name: str, hf: str, model: Model, objective: str = "lm") -> dict:
+    """What `trained` reads of weights that came from HF form. `model` may be another than HF's config.json describes."""
+    from jaxalign.models.hf import read_config
+
+    where = str(Path(hf).absolute())
+    shape = {"path": where} if model == read_config(where) else {"family": model.family.__name__.split(".")[-1], **dataclasses.asdict(model.config)}
+    c = base(name, **shape)
+    c.tokenizer.path = where
     if hub.about(hf).chat_template:
         c.tokenizer.template = "hf"
-    return {**plain(c), "stage": name, "objective": "lm"}
+    return {**plain(c), "stage": name, "objective": objective}
 
 
 def shown(record: dict) -> str:

@@ -19,7 +19,7 @@ NOT_BESIDE = {("types", "tree"), ("types", "shard"), ("types", "ops"), ("tree", 
 ONLY = {
     "ml_collections": {"config.py", "world.py", "build.py", "cli/main.py"},  # the command line for its config_flags
     "orbax": {"train/checkpoint.py"},
-    "safetensors": {"models/hf.py", "models/peft.py"},
+    "safetensors": {"models/weights.py"},
 }
 
 

@@ -210,6 +210,24 @@ def test_sample_and_the_way_to_hugging_face_and_back(road, capsys):
     assert greedy(capsys, road / "back") == first
 
 
+def test_convert_in_bf16_with_more_ids(road, capsys, refused, tmp_path):
+    """There and back in the dtype of the file; ids that no tokenizer knows are never said by a model that never saw them."""
+    config = json.loads((road / "hf/generation_config.json").read_text())
+    assert config["eos_token_id"] == json.loads((road / "hf/config.json").read_text())["eos_token_id"]
+    run("convert", f"--hf={road / 'hf'}", f"--to={tmp_path / 'run'}", "--dtype=bfloat16", "--resize_vocab=336")
+    assert re.search(r"GB read, .* GB written in .*GB/s\), [\d.]+ GB of host memory at most", capsys.readouterr().out)
+    got = greedy(capsys, tmp_path / "run")
+    assert [r["prompt"] for r in got] == ["soup:", "tea:"]
+    run("convert", f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'hf'}")
+    written = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (written["vocab_size"], written["dtype"]) == (336, "bfloat16")
+    run("convert", f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'small'}", "--resize_vocab=330")
+    assert json.loads((tmp_path / "small/config.json").read_text())["vocab_size"] == 330
+    for source in (f"--run={tmp_path / 'run'}", f"--hf={road / 'hf'}"):
+        assert "cannot shrink the vocabulary to 329: the tokenizer uses 330 ids" in refused("convert", source, f"--to={tmp_path / 'no'}", "--resize_vocab=329")
+        assert not (tmp_path / "no").exists()
+
+
 def test_inspect(road, capsys, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
     run("inspect", "--config=configs/sft.py", f"--config.model.path={road / 'hf'}", f"--config.stage.data.path={road / 'sft.jsonl'}", f"--workdir={road / 'i'}", "--config.stage.data.seq_len=32", f"--html={road / 'i.html'}")

@@ -179,6 +179,7 @@ def metric_names() -> set[str]:
     tx, schedule = optim.make(optim.Optim(), 1, {})
     extra = {
         "ppo": (ppo.ppo(tiny.LLAMA, entropy_coef=0.1, ptx_coef=0.1), lambda: tiny.init(tiny.LLAMA, value=True), tiny.mixed),
+        "experts": (lm.lm(tiny.EXPERTS), lambda: tiny.init(tiny.EXPERTS), tiny.rows),
         "lm": (lm.lm(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rows),
         "dpo": (preference.dpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
         "pairs": (reward.pairs(tiny.SCALAR, centre=0.1), lambda: tiny.init(tiny.SCALAR), tiny.pairs),
@@ -189,7 +190,11 @@ def metric_names() -> set[str]:
         metrics = jax.eval_shape(fn, now, {}, batch(r, 8, 12))[1]
         out |= set(metrics)
         if name != "ppo":
-            held_out = jax.eval_shape(lambda p, b: objective.loss(p, {}, (), b, jax.random.key(0), {}), params(), batch(r, 8, 12))
+            def held_out_loss(p, b):
+                stats = {k: step.mean(*v) for k, v in objective.stats(p, {}, (), b).items()} if objective.stats else {}
+                return objective.loss(p, {}, (), b, jax.random.key(0), stats)
+
+            held_out = jax.eval_shape(held_out_loss, params(), batch(r, 8, 12))
             out |= {f"eval/{k}" for k in [*held_out.metrics, *(f"loss/{t}" for t in held_out.terms)]}
     params = tiny.init(tiny.LLAMA, value=True)
     x = tiny.rows(r, 8, 12)

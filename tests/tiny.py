@@ -17,6 +17,7 @@ from jaxalign.types import Experience, Pairs, Rankings, Tokens
 V = 16
 LLAMA = decoder.model(vocab=V, dim=16, layers=1, heads=4, kv_heads=2, hidden=24)
 GPT2 = gpt2.model(vocab=V, dim=16, layers=1, heads=2, hidden=32, max_len=32)
+EXPERTS = decoder.model(vocab=V, dim=16, layers=2, heads=2, hidden=12, experts=4, experts_per_token=2, shared_hidden=8, router_aux=0.3, arch="qwen2_moe", qkv_bias=True)
 SCALAR = heads.Scalar(LLAMA)
 
 
@@ -76,6 +77,7 @@ CASES = {
     "lm": (lm.lm(LLAMA), lambda: init(LLAMA), rows),
     "lm_smooth": (lm.lm(LLAMA, smoothing=0.1, z_loss=1e-2), lambda: init(LLAMA), rows),
     "lm_gpt2": (lm.lm(GPT2), lambda: init(GPT2), rows),
+    "lm_experts": (lm.lm(EXPERTS), lambda: init(EXPERTS), rows),
     # Bradley-Terry alone does not move the head's bias: centring gives it a gradient.
     "pairs": (reward.pairs(SCALAR, centre=0.5), lambda: init(SCALAR), pairs),
     "rankings": (reward.rankings(SCALAR, centre=0.5), lambda: init(SCALAR), rankings),

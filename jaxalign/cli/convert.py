@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+import time
 from pathlib import Path
 
 from absl import flags
@@ -17,28 +19,79 @@ def define(fv):
     flags.DEFINE_string("run", None, "a stage's directory to export", flag_values=fv)
     flags.DEFINE_string("hf", None, "an HF directory to import", flag_values=fv)
     flags.DEFINE_string("to", None, "the directory to write", flag_values=fv)
-    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: as it is", flag_values=fv)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of the weights written; default: as they are", flag_values=fv)
+    flags.DEFINE_integer("resize_vocab", None, "give the embedding this many rows; new ones are the mean of the old", flag_values=fv)
     flags.DEFINE_bool("drop_bias", False, "export a reward model without its constant, which HF's score layer cannot hold", flag_values=fv)
 
 
 def main(fv, rest):
-    from jaxalign import build
+    import jax
+
+    from jaxalign import build, shard
     from jaxalign.data import tokenizers
-    from jaxalign.models import hf
+    from jaxalign.models import hf, vocab
     from jaxalign.train import checkpoint
 
     if bool(fv.run) == bool(fv.hf) or not fv.to:
         raise UserError("say what to convert: --run=STAGE --to=HF_DIRECTORY, or --hf=HF_DIRECTORY --to=RUN_DIRECTORY")
-    to = Path(fv.to)
+    to, start = Path(fv.to), time.perf_counter()
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to} is not empty; choose another directory")
+    build.barrier("convert")  # a fast process must not fill it before a slow one has looked
     if fv.run:
-        w, _, params = build.trained(fv.run)
-        hf.save(to, w.model, params, tokenizer=w.tokenizer, dtype=fv.dtype, drop_bias=fv.drop_bias)
+        w, name, params = build.trained(fv.run, dtype=None)
+        model, source = w.model, Path(fv.run) / "params"
+        if fv.resize_vocab is not None:
+            model, params = vocab.resize(model, params, fv.resize_vocab, used=w.tokenizer.vocab_size, mesh=w.mesh, rules=w.rules)
+        hf.save(to, model, params, tokenizer=w.tokenizer, dtype=fv.dtype, drop_bias=fv.drop_bias, generation=_generation(w, name))
     else:
-        model, params = hf.load(fv.hf, dtype=fv.dtype)
+        # A model may be larger than one device.
+        mesh = shard.make_mesh({"data": 1, "fsdp": -1}) if jax.device_count() > 1 else None
+        model, params = hf.load(fv.hf, dtype=fv.dtype, mesh=mesh)
+        source = Path(fv.hf)
+        if fv.resize_vocab is not None:
+            model, params = vocab.resize(model, params, fv.resize_vocab, used=_ids(fv.hf), mesh=mesh)
         checkpoint.save_tree(to / "params", params, {"stage": to.name, "from": str(fv.hf)})
-        (to / "config.json").write_text(json.dumps(build.imported_config(to.name, fv.hf, model), indent=2) + "\n")
-        for d in tokenizers.differences(fv.hf):
+        if jax.process_index() == 0:
+            (to / "config.json").write_text(json.dumps(build.imported_config(to.name, fv.hf, model, "reward" if "head" in params else "lm"), indent=2) + "\n")
+        for d in tokenizers.differences(fv.hf) if jax.process_index() == 0 else ():
             print(f"warning: tokenizer.model and tokenizer.json of {fv.hf} part at {d.text!r}: {d.first} and {d.second}", file=sys.stderr)
-    print(f"wrote {to}")
+    if jax.process_index() == 0:
+        seconds = time.perf_counter() - start
+        read, written = _bytes(source, "*.safetensors" if fv.hf else "*"), _bytes(to, "*")
+        print(f"wrote {to}: {read / 1e9:.3f} GB read, {written / 1e9:.3f} GB written in {seconds:.1f} s ({(read + written) / seconds / 1e9:.2f} GB/s), {_peak() / 1e9:.2f} GB of host memory at most")
+
+
+def _generation(w, name: str) -> dict:
+    """What generation_config.json says: every id that ends an answer, and how the stage sampled."""
+    from jaxalign.data.templates import stop_ids
+
+    ids = stop_ids(w.tokenizer, w.template)
+    out = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
+    stage = w.config.get("section") or w.config.get("stages", {}).get(name) or {}  # weights that were imported have no stage
+    c = stage.get("sampling")
+    if c and c.temperature > 0:  # transformers warns of sampling fields that greedy decoding does not read
+        out |= {"do_sample": True, **{k: c[k] for k in ("temperature", "top_k", "top_p")}}
+    return out
+
+
+def _ids(directory: str) -> int | None:
+    """How many ids the directory's tokenizer has; None where we can read none."""
+    from jaxalign.data import tokenizers
+
+    try:
+        return tokenizers.load(directory).vocab_size
+    except UserError:
+        return None
+
+
+def _bytes(directory: Path, pattern: str) -> int:
+    return sum(f.stat().st_size for f in directory.rglob(pattern) if f.is_file())
+
+
+def _peak() -> int:
+    """Bytes; of this process."""
+    try:
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -106,6 +106,7 @@ def _reward(w, world, c, name: str) -> dict:
     from jaxalign.evals import policy, stats
     from jaxalign.models import heads
 
+    w = w.scored
     scalar = heads.Scalar(w.model)
     params = build.load_params(w, str(w.stage_dir(name).absolute()), scalar.specs(), name)
     source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False)

@@ -22,8 +22,8 @@ from jaxalign.types import UserError
 class Segment(NamedTuple):
     text: str
     trained: bool = False
-    # "text"; "answer" (never merged with its surroundings); "special"; "stop" (ends a turn); "opened" (comes first, says
-    # nothing: the template writes BOS itself, or wants none)
+    # "text"; "answer" (never merged with its surroundings); "special"; "stop" (ends a turn); "start" (PAD, which opens the
+    # decoder's part); "opened" (comes first, says nothing: the template writes BOS itself, or wants none)
     kind: str = "text"
 
 
@@ -94,7 +94,25 @@ class Template:
         return [Segment(p, kind="special" if p in self.specials else "text") for p in parts if p]
 
 
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder(Template):
+    """The prompt is what the encoder reads, EOS behind it as T5 was trained; PAD then opens the decoder's part, as in T5."""
+
+    def prompt(self, prompt: Said) -> list[Segment]:
+        if not isinstance(prompt, str):
+            prompt = "\n\n".join(m.content for m in prompt)
+        return [Segment(prompt), Segment("", kind="stop"), Segment("", kind="start")]
+
+    def answer(self, answer: Said, trained: bool = True) -> list[Segment]:
+        if not isinstance(answer, str):
+            if len(answer) != 1 or answer[0].role != "assistant":
+                raise UserError(f"template {self.name!r} writes one answer to one prompt; give conversations that end with the first assistant turn")
+            answer, trained = answer[0].content, answer[0].trained
+        return [Segment(answer, trained, "answer"), Segment("", trained, "stop")]
+
+
 PLAIN = Template("plain", chat=False)
+ENCODER_DECODER = EncoderDecoder("encoder_decoder", chat=False)
 
 CHATML = Template(
     "chatml",
@@ -115,12 +133,14 @@ HUMAN_ASSISTANT = Template(
     lead=" ",
 )
 
-TEMPLATES = {t.name: t for t in (PLAIN, CHATML, HUMAN_ASSISTANT)}
+TEMPLATES = {t.name: t for t in (PLAIN, CHATML, HUMAN_ASSISTANT, ENCODER_DECODER)}
 
 
 def segments(example: Example, template: Template) -> list[list[Segment]]:
     """The sequences of an example: one, but two for a Preference (chosen, rejected) and K for a Ranking."""
     match example:
+        case Text() if isinstance(template, EncoderDecoder):
+            raise UserError("a text has no prompt for the encoder to read; an encoder-decoder trains on prompts and completions")
         case Text(text):
             return [[Segment(text, True), Segment("", True, "stop")]]
         case Prompt(prompt):
@@ -194,7 +214,7 @@ def _plan(sequence: Iterable[Segment], tokenizer: Tokenizer) -> list[tuple[str |
     """Texts to tokenise and ids that stand: special tokens resolved, neighbouring prompt texts joined."""
     resolved: list[tuple[str | int, bool, bool]] = []
     for text, trained, kind in sequence:
-        x = tokenizer.special_id(text) if kind == "special" else _stop(text, tokenizer) if kind == "stop" else None
+        x = tokenizer.special_id(text) if kind == "special" else _stop(text, tokenizer) if kind == "stop" else tokenizer.pad_id if kind == "start" else None
         if x is None and text:
             resolved.append((text, trained, kind == "answer"))
         elif x is not None:

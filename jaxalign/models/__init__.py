@@ -22,7 +22,7 @@ class FamilyModel:
 
     @property
     def start(self) -> int | None:
-        """The token that opens a decoder row of an encoder-decoder; None: the model reads no `inputs`."""
+        """The token that opens the decoder's part of a row, with which prompts must end; None: not an encoder-decoder."""
         return getattr(self.family, "start", lambda config: None)(self.config)
 
     @property

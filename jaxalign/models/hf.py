@@ -1,6 +1,6 @@
 """Hugging Face directories (config.json and safetensors) <-> a model and its params, strict both ways.
 
-With `models.peft` the only file that imports safetensors; there is no pickle path. A family says how transformers spells it with
+`weights` reads and writes the files as streams; there is no pickle path. A family says how transformers spells it with
 HF = {model_type: `models.Architecture`}, next to its code.
 
 Dropout rates in config.json are ignored: they change training, not the function. Everything else that we do not
@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -22,18 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from jaxalign import shard, tree
-from jaxalign.models import Architecture, FamilyModel, bert, decoder, gpt2, neox, t5
+from jaxalign.models import Architecture, FamilyModel, bert, decoder, gpt2, neox, t5, weights
+from jaxalign.models.weights import DTYPES, Part, listing
 from jaxalign.ops.nn import Spec, is_spec
 from jaxalign.types import Tree, UserError
 
 FAMILIES = (decoder, gpt2, neox, t5, bert)
 ARCHITECTURES = {kind: (family, a) for family in FAMILIES for kind, a in family.HF.items()}
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Fields that do not change the function: token ids (the tokenizer knows them), dropout, bookkeeping, generation.
 HARMLESS = re.compile(
@@ -51,33 +47,6 @@ SHARD_BYTES = 5 * 10**9  # transformers' own limit per file
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """The regular file `name` of `directory`: a plain name, not a link that leads out of it.
-
-    The Hub's cache is the one exception: snapshots/REVISION/name may link to ../../blobs/HASH.
-    """
-    root, path = directory.resolve(), directory / name
-    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-        raise UserError(f"{directory}: {name!r} is not a plain file name; a checkpoint may only name files of its own directory")
-    real = path.resolve()
-    if real.parent != root and not (root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"):
-        raise UserError(f"{path} leads out of its directory, to {real}; copy the file in place of the link")
-    if not real.is_file():
-        raise UserError(f"{path} does not exist or is not a regular file")
-    return real
-
-
-def _json(directory: Path, name: str) -> dict:
-    path = _inside(directory, name)
-    try:
-        out = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as e:  # UnicodeDecodeError is a ValueError
-        raise UserError(f"{path} is not readable JSON: {e}") from e
-    if not isinstance(out, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(out).__name__}")
-    return out
 
 
 def _model(path: Path, config: dict, overrides: dict) -> tuple[FamilyModel, Architecture, bool]:
@@ -137,11 +106,11 @@ def read_config(directory, **overrides) -> FamilyModel:
     overrides: fields of the Config that config.json does not have (scan, remat; here also dtype, of activations).
     """
     directory = Path(directory)
-    made, arch, _ = _model(directory / "config.json", _json(directory, "config.json"), overrides)
+    made, arch, _ = _model(directory / "config.json", weights.read_json(directory, "config.json"), overrides)
     if not arch.tied_by_file:
         return made
     with contextlib.ExitStack() as stack:
-        return _settled(made, arch, _tensors(directory, stack))
+        return _settled(made, arch, weights.tensors(directory, stack))
 
 
 def _settled(model: FamilyModel, arch: Architecture, tensors: dict) -> FamilyModel:
@@ -151,43 +120,10 @@ def _settled(model: FamilyModel, arch: Architecture, tensors: dict) -> FamilyMod
     return FamilyModel(model.family, dataclasses.replace(model.config, tied=arch.names(model.config)["unembed"][0] not in tensors))
 
 
-def _tensors(directory: Path, stack: contextlib.ExitStack) -> dict:
-    """{tensor name: (file name, open file)}; every header has been parsed and checked by then."""
-    single, index = "model.safetensors", "model.safetensors.index.json"
-    if os.path.lexists(directory / single):
-        wanted = {single: None}
-    elif os.path.lexists(directory / index):
-        wanted = {}
-        weight_map = _json(directory, index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise UserError(f"{directory / index}: weight_map must map tensor names to file names")
-        for name, file in weight_map.items():
-            wanted.setdefault(file, set()).add(name)
-    else:
-        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        hint = f"; {pickled[0]} is a pickle, which can run code and is never opened: convert it to safetensors where you trust it" if pickled else ""
-        raise UserError(f"{directory} holds neither {single} nor {index}{hint}")
-    out, wrong = {}, []
-    for file, names in wanted.items():
-        f = stack.enter_context(_open(_inside(directory, file)))
-        found = set(f.keys())
-        if names is not None and found != names:
-            wrong += [f"{file} lacks {n}" for n in sorted(names - found)] + [f"{file} holds {n}, which the index does not list there" for n in sorted(found - names)]
-        out.update({n: (file, f) for n in found})
-    if wrong:
-        raise UserError(f"{directory / index} does not match its files: {_list(wrong)}")
-    return out
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="np")
-    except Exception as e:  # SafetensorError has no stable base class
-        raise UserError(f"{path} is not a valid safetensors file: {e}") from e
-
-
-def _list(lines: list[str], limit: int = 50) -> str:
-    return "; ".join(lines[:limit]) + (f"; and {len(lines) - limit} more" if len(lines) > limit else "")
+def _renamed(name: str, arch: Architecture) -> str:
+    """Today's name of a tensor that an older file may spell otherwise."""
+    end = next((old for old in arch.renamed if name.endswith(old)), "")
+    return name.removesuffix(end) + arch.renamed.get(end, "")
 
 
 def names(model: FamilyModel, reward: bool = False, prefix: str | None = None) -> dict[str, list[tuple[str, tuple, bool]]]:
@@ -235,59 +171,42 @@ def _check(where, tensors: dict, names: dict, specs: dict, arch: Architecture, c
     wrong = [f"missing {n} {list(s)}" for n, s in want.items() if n not in tensors]
     unembed = arch.names(cfg).get("unembed", ("lm_head.weight", False))[0]
     for name in sorted(set(tensors)):
-        file, f, spelled = tensors[name]
+        t = tensors[name]
         if name in want:
-            view = f.get_slice(spelled)
-            if tuple(view.get_shape()) != want[name]:
-                wrong.append(f"{name} has shape {list(view.get_shape())}, the config needs {list(want[name])}")
-            elif view.get_dtype() not in DTYPES:
-                wrong.append(f"{name} is {view.get_dtype()}, jaxalign reads {', '.join(DTYPES)}")
+            if t.shape != want[name]:
+                wrong.append(f"{name} has shape {list(t.shape)}, the config needs {list(want[name])}")
+            elif t.kind not in DTYPES:
+                wrong.append(f"{name} is {t.kind}, jaxalign reads {', '.join(DTYPES)}: take an unquantised checkpoint, or dequantise it first")
         elif re.search(arch.buffers, name):
             continue
         elif name == unembed and not reward:  # here the config says tied, or the name would be wanted
             embed = names["embed"][0][0]
-            if embed in tensors and not _same(tensors[embed][1], tensors[embed][2], f, spelled):
+            if embed in tensors and not weights.same(tensors[embed], t):
                 wrong.append(f"{name} differs from the embedding although the config ties them; set tie_word_embeddings to false")
         else:
-            wrong.append(f"unexpected {name} in {file}")
+            wrong.append(f"unexpected {name} in {t.path.name}")
     if wrong:
-        raise UserError(f"{where} does not fit its config.json: {_list(wrong)}")
-
-
-def _renamed(name: str, arch: Architecture) -> str:
-    """Today's name of a tensor that an older file may spell otherwise."""
-    end = next((old for old in arch.renamed if name.endswith(old)), "")
-    return name.removesuffix(end) + arch.renamed.get(end, "")
-
-
-def _read(f, name: str) -> np.ndarray:
-    try:
-        return f.get_tensor(name)
-    except Exception as e:
-        raise UserError(f"cannot read tensor {name}: {e}") from e
-
-
-def _same(f, a: str, g, b: str) -> bool:
-    a, b = _read(f, a), _read(g, b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        raise UserError(f"{where} does not fit its config.json: {listing(wrong)}")
 
 
 def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | None = None, **overrides) -> tuple[FamilyModel, Tree]:
     """A Hugging Face directory -> (model, params).
 
-    dtype: of the params; None keeps the file's. With a mesh each leaf goes straight to its shards; one leaf at a time is
-    held in host memory. overrides: scan, remat. A reward model (``*ForSequenceClassification`` with one label) gives
+    dtype: of the params; None keeps the file's. With a mesh every device gets its slice, and this process reads only the
+    rows that its own devices hold, each once (see `weights`). overrides: scan, remat. A reward model (``*ForSequenceClassification`` with one label) gives
     params {"trunk": ..., "head": {"weight" [D], "bias" []}}; its trunk is tied, since it has no lm_head.
 
     Raises UserError, before reading any weight, with everything that is missing, unexpected or misshaped, and for config
-    fields that we do not implement. Sources: safetensors format 0.x; config.json of transformers 4 and 5.
+    fields that we do not implement; while reading, for numbers that float16 cannot hold. Sources: safetensors format 0.x; config.json of transformers 4 and 5.
     """
     directory = Path(directory)
-    config = _json(directory, "config.json")
+    if dtype not in (None, *DTYPES.values()):
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES.values())}")
+    config = weights.read_json(directory, "config.json")
     made, arch, reward = _model(directory / "config.json", config, overrides)
     with contextlib.ExitStack() as stack:
-        tensors = _tensors(directory, stack)
-        tensors = {_renamed(n, arch): (*v, n) for n, v in tensors.items()}
+        tensors, pool = weights.tensors(directory, stack), stack.enter_context(weights.threads())
+        tensors = {_renamed(n, arch): t for n, t in tensors.items()}
         made = _settled(made, arch, tensors)
         cfg, specs = made.config, made.specs()
         flat, out = tree.flat({"trunk": specs, "head": _head(cfg.dim, arch)} if reward else specs, is_leaf=is_spec), {}
@@ -300,26 +219,25 @@ def load(directory, *, dtype: str | None = "float32", mesh=None, rules: dict | N
         table = names(made, reward, prefix)
         _check(directory, tensors, table, flat, arch, cfg, reward)
         for path, spec in flat.items():
-            kinds = {DTYPES[tensors[n][1].get_slice(tensors[n][2]).get_dtype()] for n, *_ in table[path]}
+            parts = [Part(tensors[n], index, transposed) for n, index, transposed in table[path]]
+            kinds = {DTYPES[p.tensor.kind] for p in parts}
             if dtype is None and len(kinds) > 1:
                 raise UserError(f"{directory}: the layers of {path} have several dtypes ({', '.join(sorted(kinds))}); give one dtype to load them in")
-            host = np.empty(spec.shape, jnp.dtype(dtype or kinds.pop()))
-            for name, index, transposed in table[path]:
-                value = _read(tensors[name][1], tensors[name][2])
-                host[index] = value.T if transposed else value
-            out[path] = _place(host, spec, mesh, rules)
+            sharding = mesh and NamedSharding(mesh, shard.partition(spec, mesh, rules))
+            out[path] = weights.read(spec.shape, jnp.dtype(dtype or kinds.pop()), parts, sharding, pool)
     params = tree.unflat(out)
     if reward:
         bias = config.get("jaxalign_score_bias", 0.0)
         if type(bias) not in (int, float) or not math.isfinite(bias):
             raise UserError(f"{directory}/config.json: jaxalign_score_bias {bias!r} is not a number")
         weight, own = (np.asarray(params["head"].get(k)) for k in ("weight", "bias"))
-        params["head"] = {"weight": _place(weight[0], Spec(weight.shape[1:], (None,)), mesh, rules)}
-        params["head"]["bias"] = _place(own[0] if "head/bias" in arch.score else np.asarray(bias, weight.dtype), Spec((), ()), mesh, rules)
+        params["head"] = {"weight": place(weight[0], Spec(weight.shape[1:], (None,)), mesh, rules)}
+        params["head"]["bias"] = place(own[0] if "head/bias" in arch.score else np.asarray(bias, weight.dtype), Spec((), ()), mesh, rules)
     return made, params
 
 
-def _place(host: np.ndarray, spec: Spec, mesh, rules):
+def place(host: np.ndarray, spec: Spec, mesh, rules) -> jax.Array:
+    """A host array in its shards."""
     if mesh is None:
         return jnp.asarray(host)
     return jax.make_array_from_callback(host.shape, NamedSharding(mesh, shard.partition(spec, mesh, rules)), lambda i: host[i])
@@ -328,19 +246,21 @@ def _place(host: np.ndarray, spec: Spec, mesh, rules):
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
-def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: str | None = None, drop_bias: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: str | None = None, drop_bias: bool = False, generation: dict | None = None, shard_bytes: int = SHARD_BYTES) -> int:
     """Write config.json (spelling of transformers 5), generation_config.json and model.safetensors, in shards with an
-    index above `shard_bytes`. In a multi-process run every process must call it; process 0 writes.
+    index above `shard_bytes`. In a multi-process run every process must call it; process 0 writes. Returns the bytes of
+    the weights' files. Host memory beside the params: a few blocks (see `weights`). config.json of an earlier export goes
+    first and the new one comes last, so that what was cut short does not look like a model.
 
     dtype: of the file; None keeps the params'. tokenizer: its bos_id, eos_id and pad_id go into the configs, its files beside.
+    generation: fields of generation_config.json (eos_token_id may be a list, temperature, top_p ...) over those ids.
     params {"trunk", "head"} are written as ``*ForSequenceClassification`` with one label. Its score layer has no bias in
     transformers. A constant shifts all scores alike and orders nothing, but it is never dropped silently: a nonzero bias
     raises UserError unless `drop_bias`, which writes it to config.json as jaxalign_score_bias, where `load` finds it.
     transformers scores the last token that is not pad_token_id: give it texts padded on the right with another token.
     """
-    model = getattr(model, "trunk", model)  # of heads.Scalar
+    model, reward = getattr(model, "trunk", model), set(params) == {"trunk", "head"}  # of heads.Scalar
     arch = architecture(model)
-    reward = set(params) == {"trunk", "head"}
     model = model.scored() if reward else model
     cfg = model.config
     if reward and arch.classifier is None:
@@ -356,14 +276,16 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
         if bias and not drop_bias and not held:
             raise UserError(f"the reward head has bias {bias:g}, and {config['architectures'][0]} has none; pass drop_bias=True to leave it out (scores shift, their order stays)")
         config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} | ({"jaxalign_score_bias": bias} if bias and not held else {})
-        specs = {"trunk": model.specs(), "head": _head(cfg.dim, arch)}
+        specs = {"trunk": specs, "head": _head(cfg.dim, arch)}
         head = {k: params["head"][k][None] for k in specs["head"]}
         params = {"trunk": {k: v for k, v in params["trunk"].items() if k in specs["trunk"]}, "head": head}
+    if getattr(tokenizer, "vocab_size", 0) > cfg.vocab:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but the model only {cfg.vocab} embedding rows; give the model's own tokenizer, or resize its vocabulary")
     flat, leaves = tree.flat(specs, is_leaf=is_spec), tree.flat(params)
     if wrong := [f"missing {p}" for p in flat if p not in leaves] + [f"unexpected {p}" for p in leaves if p not in flat]:
-        raise UserError(f"these params are not those of the model: {_list(wrong)}")
+        raise UserError(f"these params are not those of the model: {listing(wrong)}")
     if wrong := [f"{p} is {leaves[p].shape}, not {s.shape}" for p, s in flat.items() if leaves[p].shape != s.shape]:
-        raise UserError(f"these params are not those of the model: {_list(wrong)}")
+        raise UserError(f"these params are not those of the model: {listing(wrong)}")
     kinds = {p: jnp.dtype(dtype or leaves[p].dtype) for p in flat}
     if odd := sorted({k.name for k in kinds.values()} - set(DTYPES.values())):
         raise UserError(f"cannot write {', '.join(odd)}; merge or dequantise the params first, or give dtype")
@@ -371,42 +293,39 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     # Written even where there is none: transformers would fill in ids of its own, which the vocabulary may not have.
     config |= {"dtype": max((k.name for k in kinds.values()), key=[k.name for k in kinds.values()].count), **ids}
 
-    # Files are planned from the shapes, so that only one of them is ever held in host memory.
+    # Files are planned from the shapes alone.
     table = names(model, reward)
     plan, room = [[]], shard_bytes
     for path, spec in flat.items():
-        for name, index, transposed in table[path]:
-            size = math.prod(spec.shape[len(index) :]) * kinds[path].itemsize
+        for part in table[path]:
+            size = math.prod(spec.shape[len(part[1]) :]) * kinds[path].itemsize
             if size > room and plan[-1]:
                 plan.append([])
                 room = shard_bytes
-            plan[-1].append((path, name, index, transposed, size))
+            plan[-1].append((path, Part(*part), size))
             room -= size
     directory, first = Path(directory), jax.process_index() == 0
     if first:
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("model*.safetensors*"):  # else a stale shard would be read with the new ones
-            old.unlink()
+        for old in (directory / "config.json", *directory.glob("model*.safetensors*")):  # a stale shard would be read with the new ones
+            old.unlink(missing_ok=True)
     files = ["model.safetensors"] if len(plan) == 1 else [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
-    for file, entries in zip(files, plan):
-        tensors, host = {}, (None, None)
-        for path, name, index, transposed, _ in entries:
-            if host[0] != path:
-                host = (path, shard.to_host(leaves[path]).astype(kinds[path]))
-            value = host[1][index]
-            tensors[name] = np.ascontiguousarray(value.T if transposed else value)  # safetensors writes the raw buffer
-        if first:
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+    written = 0
+    with weights.threads() as pool:
+        for file, entries in zip(files, plan):
+            written += weights.write(directory / file, [kinds[p] for p, *_ in entries], [leaves[p] for p, *_ in entries], [e[1] for e in entries], pool)
     if not first:
-        return
+        return written
     if len(plan) > 1:
         total = sum(e[-1] for entries in plan for e in entries)
-        _dump(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {e[1]: f for f, entries in zip(files, plan) for e in entries}})
+        _dump(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {e[1].tensor: f for f, entries in zip(files, plan) for e in entries}})
     if not reward:
-        _dump(directory / "generation_config.json", {"_from_model_config": True, **ids})
+        # transformers derives the file anew from config.json where it says _from_model_config.
+        _dump(directory / "generation_config.json", {**({} if generation else {"_from_model_config": True}), **ids, **(generation or {})})
     if tokenizer is not None:
         tokenizer.save(str(directory))
     _dump(directory / "config.json", config)
+    return written
 
 
 def _expressed(model: FamilyModel, arch: Architecture, config: dict, reward: bool) -> None:
@@ -421,4 +340,4 @@ def _expressed(model: FamilyModel, arch: Architecture, config: dict, reward: boo
 
 
 def _dump(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    weights.write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -21,10 +21,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxalign import shard, tree
-from jaxalign.models import FamilyModel, hf, lora
+from jaxalign.models import FamilyModel, hf, lora, weights
 from jaxalign.ops.nn import Spec, is_adapted, is_spec
 from jaxalign.types import Tree, UserError
 
@@ -119,7 +118,7 @@ def _by_pattern(patterns: dict, name: str, default):
 def read_config(directory) -> dict:
     """adapter_config.json, checked. Raises UserError for anything that would make it another function than the one we load."""
     path = Path(directory) / CONFIG
-    c = hf._json(Path(directory), CONFIG)
+    c = weights.read_json(Path(directory), CONFIG)
     if c.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {c.get('peft_type')!r} is not supported; jaxalign reads LORA (with rsLoRA and DoRA)")
     if left := sorted(k for k, v in c.items() if k not in HARMLESS | READ and v not in (None, False, "", [], {})):
@@ -180,33 +179,33 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
     rank = {m.name: _by_pattern(c.get("rank_pattern") or {}, m.name, c["r"]) for m in chosen}
     alpha = {m.name: _by_pattern(c.get("alpha_pattern") or {}, m.name, c["lora_alpha"]) for m in chosen}
     maker = lora.Lora(((".", 1, 1.0),), rs=c.get("use_rslora", False), dora=c.get("use_dora", False))
-    with hf._open(hf._inside(directory, WEIGHTS)) as f:
-        want = {name: shape for m in chosen for name, shape in m.tensors(rank[m.name], maker.dora).values()}
-        score = f"{PREFIX}score.weight"
-        if reward:
-            want[score] = (1, model.config.dim)
-        _check(directory, f, want)
-        nodes = {}
-        for leaf, group in _grouped(chosen).items():
-            *lead, D, O = group[0].spec.shape
-            if maker.dora and len(group) < math.prod(lead):
-                raise UserError(f"{directory}: DoRA adapts {len(group)} of the {math.prod(lead)} layers of {leaf}; jaxalign stacks them, so it must be all or none")
-            R = max(rank[m.name] for m in group)
-            shapes = {"a": (*lead, D, R), "b": (*lead, R, O), "scale": tuple(lead)} | ({"magnitude": (*lead, O)} if maker.dora else {})
-            host = {k: np.zeros(s, np.float32) for k, s in shapes.items()}
-            for m in group:
-                r = rank[m.name]
-                host["scale"][m.index] = maker.scale(r, alpha[m.name])
-                for part, (name, _) in m.tensors(r, maker.dora).items():
-                    value = m.turned(part, hf._read(f, name).astype(np.float32))
-                    room = {"a": (slice(None), slice(r)), "b": (slice(r),), "magnitude": ()}[part]
-                    host[part][(*m.index, *room)] = value
-            made = lora._adapter_specs(group[0].spec, R, 1.0, maker.dora)
-            nodes[leaf] = {k: hf._place(v, made[k], mesh, rules) for k, v in host.items()}
-        if reward:
-            weight = hf._place(hf._read(f, score).astype(np.float32)[0], Spec((model.config.dim,), (None,)), mesh, rules)
-            bias = _bias(directory, (f.metadata() or {}).get("jaxalign_score_bias", "0"))
-            head = {"weight": weight, "bias": hf._place(np.asarray(bias, np.float32), Spec((), ()), mesh, rules)}
+    tensors, meta = weights.small(weights.inside(directory, WEIGHTS))
+    want = {name: shape for m in chosen for name, shape in m.tensors(rank[m.name], maker.dora).values()}
+    score = f"{PREFIX}score.weight"
+    if reward:
+        want[score] = (1, model.config.dim)
+    _check(directory, tensors, want)
+    nodes = {}
+    for leaf, group in _grouped(chosen).items():
+        *lead, D, O = group[0].spec.shape
+        if maker.dora and len(group) < math.prod(lead):
+            raise UserError(f"{directory}: DoRA adapts {len(group)} of the {math.prod(lead)} layers of {leaf}; jaxalign stacks them, so it must be all or none")
+        R = max(rank[m.name] for m in group)
+        shapes = {"a": (*lead, D, R), "b": (*lead, R, O), "scale": tuple(lead)} | ({"magnitude": (*lead, O)} if maker.dora else {})
+        host = {k: np.zeros(s, np.float32) for k, s in shapes.items()}
+        for m in group:
+            r = rank[m.name]
+            host["scale"][m.index] = maker.scale(r, alpha[m.name])
+            for part, (name, _) in m.tensors(r, maker.dora).items():
+                value = m.turned(part, tensors[name].astype(np.float32))
+                room = {"a": (slice(None), slice(r)), "b": (slice(r),), "magnitude": ()}[part]
+                host[part][(*m.index, *room)] = value
+        made = lora._adapter_specs(group[0].spec, R, 1.0, maker.dora)
+        nodes[leaf] = {k: hf.place(v, made[k], mesh, rules) for k, v in host.items()}
+    if reward:
+        weight = hf.place(tensors[score].astype(np.float32)[0], Spec((model.config.dim,), (None,)), mesh, rules)
+        bias = _bias(directory, meta.get("jaxalign_score_bias", "0"))
+        head = {"weight": weight, "bias": hf.place(np.asarray(bias, np.float32), Spec((), ()), mesh, rules)}
     out = lora.join(params, nodes)
     return (out, head) if reward else out
 
@@ -228,7 +227,7 @@ def _grouped(chosen: list[_Module]) -> dict[str, list[_Module]]:
 
 
 def _some(names) -> str:
-    return hf._list(sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names}), 20)
+    return weights.listing(sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names}), 20)
 
 
 def _refuse_kinds(where, chosen: list[_Module], model, dora: bool) -> None:
@@ -240,17 +239,17 @@ def _refuse_kinds(where, chosen: list[_Module], model, dora: bool) -> None:
             raise UserError(f"{where}: DoRA on {m.name} is not supported: its magnitudes are per token in peft and per feature here; leave it out of the targets")
 
 
-def _check(directory: Path, f, want: dict[str, tuple]) -> None:
-    found = set(f.keys())
+def _check(directory: Path, tensors: dict, want: dict[str, tuple]) -> None:
+    found = set(tensors)
     wrong = [f"missing {n} {list(s)}" for n, s in want.items() if n not in found] + [f"unexpected {n}" for n in sorted(found - set(want))]
     for name in sorted(found & set(want)):
-        view = f.get_slice(name)
-        if tuple(view.get_shape()) != want[name]:
-            wrong.append(f"{name} has shape {list(view.get_shape())}, the model and {CONFIG} need {list(want[name])}")
-        elif view.get_dtype() not in hf.DTYPES:
-            wrong.append(f"{name} is {view.get_dtype()}, jaxalign reads {', '.join(hf.DTYPES)}")
+        x = tensors[name]
+        if x.shape != want[name]:
+            wrong.append(f"{name} has shape {list(x.shape)}, the model and {CONFIG} need {list(want[name])}")
+        elif x.dtype.name not in weights.DTYPES.values():
+            wrong.append(f"{name} is {x.dtype.name}, jaxalign reads {', '.join(weights.DTYPES.values())}")
     if wrong:
-        raise UserError(f"{directory / WEIGHTS} does not fit the model and its {CONFIG}: {hf._list(wrong)}")
+        raise UserError(f"{directory / WEIGHTS} does not fit the model and its {CONFIG}: {weights.listing(wrong)}")
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
@@ -304,7 +303,7 @@ def save(directory, model, params: Tree, *, base: str | None = None, head: Tree 
         meta["jaxalign_score_bias"] = repr(float(shard.to_host(head["bias"])))
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if reward else "SEQ_2_SEQ_LM" if model.start is not None else "CAUSAL_LM" if model.causal else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": r,
@@ -323,7 +322,7 @@ def save(directory, model, params: Tree, *, base: str | None = None, head: Tree 
     if jax.process_index() == 0:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / WEIGHTS, metadata=meta)
+        weights.write_small(directory / WEIGHTS, tensors, meta)
         (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

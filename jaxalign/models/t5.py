@@ -1,8 +1,10 @@
 """T5 and Flan-T5 (Raffel et al. 2019, 1910.10683): encoder and decoder, relative position biases, RMSNorm, unscaled scores.
 
-The encoder reads `inputs`; the decoder's rows begin with the start token (PAD in T5), which is never a target, so that
-index t speaks of token t here as everywhere. Documents of one row are told apart by segments on both sides: a decoder
-token sees the inputs of its own segment.
+The decoder's rows begin with the start token (PAD in T5), which is never a target, so that index t speaks of token t here as
+everywhere. What the encoder reads is either given as `inputs`, or lies in the same row: everything before the first start
+token of a document is the encoder's, the rest the decoder's. That is how prompts and completions reach it from every
+source, objective and sampler, none of which knows that it is an encoder-decoder; each side passes over the other's slots,
+which costs at most twice the work. Documents are told apart by segments: a decoder token sees the inputs of its own.
 
 B batch, T decoder time, S input time, D dim, N heads, H head width, F hidden, V vocab, L layers. Weights are (in, out).
 """
@@ -65,7 +67,7 @@ def model(**config) -> FamilyModel:
 
 
 def start(cfg: Config) -> int:
-    """The token that opens a decoder row; that a family has one says that it reads `inputs`."""
+    """The token that opens the decoder's part of a row; that a family has one says that its prompts must end with it."""
     return cfg.start
 
 
@@ -84,6 +86,14 @@ def specs(cfg: Config):
         "decoder": side({"attn_norm": norm, **attention(), "cross_norm": norm, **attention("cross_"), **mlp}, cfg.layers),
     }
     return out if cfg.tied else {**out, "unembed": Spec((cfg.vocab, D), ("vocab", "embed"), nn.normal(D**-0.5))}
+
+
+def parted(cfg: Config, tokens, segments, positions) -> tuple[jax.Array, Inputs]:
+    """Rows of prompt, start token, completion -> (the decoder's segments, the encoder's inputs), both [B,T]: 0 where a slot
+    is the other's. A start token that comes again is the decoder's, like any token."""
+    same = segments[:, :, None] == segments[:, None, :]
+    begun = (same & (tokens == cfg.start)[:, None, :] & (jnp.arange(tokens.shape[1])[:, None] >= jnp.arange(tokens.shape[1]))[None]).any(-1)
+    return jnp.where(begun, segments, 0), Inputs(tokens, jnp.where(begun, 0, segments), positions)
 
 
 def bucket(gap: jax.Array, buckets: int, max_distance: int, both_ways: bool) -> jax.Array:
@@ -132,19 +142,19 @@ def encode(cfg: Config, params, inputs: Inputs) -> jax.Array:
 
 
 def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> nn.Hidden:
-    """With a cache, the first call reads `inputs` and keeps what the decoder needs of them; later ones are given none."""
+    """With a cache, the first call reads the inputs and keeps what the decoder needs of them; later rows are the decoder's."""
     B, T = tokens.shape
     side, norm = params["decoder"], lambda x, scale: nn.rms_norm(x, scale, cfg.norm_eps)
     spread = lambda x: shard.constrain(x, "batch", "time", None)
+    if inputs is None and not (cache and "cross" in cache):
+        segments, inputs = parted(cfg, tokens, segments, positions)
     if inputs is not None:
         read = encode(cfg, params, inputs)
         project = lambda w: _split(cfg, jax.vmap(lambda w: nn.linear(read, w))(w))
         cross = {"k": project(side["layers"]["cross_k"]), "v": project(side["layers"]["cross_v"])}  # [L,B,S,N,H]
         seen = inputs.segments
-    elif cache and "cross" in cache:
-        cross, seen = cache["cross"], cache["cross_segments"]
     else:
-        raise UserError("an encoder-decoder needs `inputs`: this batch has no prompts apart from what is to be written")
+        cross, seen = cache["cross"], cache["cross_segments"]
     x = spread(nn.embed(params["embed"], tokens, cfg.dtype))
     cache, kv_segments, begin = nn.cache_open(cache, segments, positions) if cache else (None, segments, 0)
     bias = _bias(cfg, side["bias"], positions, cache["positions"] if cache else positions, False)

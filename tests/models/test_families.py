@@ -9,7 +9,7 @@ import pytest
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from jaxalign import shard, tree
-from jaxalign.models import FamilyModel, decoder, flax_module, gpt2
+from jaxalign.models import FamilyModel, decoder, flax_module, gpt2, neox
 from jaxalign.ops import logprob, nn
 from jaxalign.ops.attention import attend
 from jaxalign.types import UserError
@@ -64,12 +64,22 @@ def random_model(seed: int):
     pick = lambda *options: options[r.integers(len(options))]
     kv, group, width = pick(1, 2, 3), pick(1, 2, 3), 2 * int(r.integers(1, 5))
     scan, layers = bool(seed % 2), int(r.integers(1, 4))
-    if seed % 4 == 3:
+    if seed % 8 == 3:
         return gpt2.model(vocab=V, dim=kv * width, layers=layers, heads=kv, max_len=64, scan=scan)
-    return decoder.model(vocab=V, dim=int(r.integers(3, 20)), layers=layers, heads=kv * group, kv_heads=kv, head_dim=width, hidden=int(r.integers(1, 30)), tied=bool(seed % 3), scan=scan)
+    if seed % 8 == 7:
+        return neox.model(vocab=V, dim=kv * 2 * width, layers=layers, heads=kv, hidden=int(r.integers(1, 30)), parallel=pick(True, False), rotary=0.5, tied=pick(True, False), scan=scan)
+    more = {}
+    if seed >= 4:  # everything that sets llama's relatives apart
+        more = {
+            "norm": ("post", "both", "pre")[seed % 3], "norm_offset": pick(0.0, 1.0), "qk_norm": pick("", "head", "whole"), "activation": pick("gelu_tanh", "gelu"), "embed_scale": pick(True, False),
+            "qkv_bias": True, "o_bias": pick(True, False), "attn_softcap": pick(None, 2.0), "logit_softcap": pick(None, 3.0), "query_scale": 0.4, "rotary": pick(1.0, 0.5) if width % 4 == 0 else 1.0,
+            "window": 4, "windowed": tuple(i % 2 == 0 for i in range(layers)), "window_theta": pick(None, 50.0), "rope_scaling": pick((), (("rope_type", "linear"), ("factor", 3.0))),
+            **pick({}, {"experts": 4, "experts_per_token": 2, "shared_hidden": 3, "renormalise": False}),
+        }  # fmt: skip
+    return decoder.model(vocab=V, dim=int(r.integers(3, 20)), layers=layers, heads=kv * group, kv_heads=kv, head_dim=width, hidden=int(r.integers(1, 30)), tied=bool(seed % 3), scan=scan, **more)
 
 
-MODELS = {**{f"random{i}": lambda i=i: random_model(i) for i in range(4)}, "linen": linen_toy, "nnx": nnx_toy}
+MODELS = {**{f"random{i}": lambda i=i: random_model(i) for i in range(8)}, "linen": linen_toy, "nnx": nnx_toy}
 
 
 class Case:
@@ -141,11 +151,17 @@ def test_gradient_shows_causality(case):
     @jax.jit
     def reach(leaves, w):
         x = lambda table: case.model.hidden(tree.unflat({**leaves, name: table}), tokens, segments, restart(segments)).x
-        return jax.vmap(lambda t: jnp.abs(jax.grad(lambda table: (x(table)[0, t] * w).sum())(leaves[name])).sum(-1)[:13])(jnp.arange(13))
+        one = lambda t: jnp.abs(jax.grad(lambda table: (x(table)[0, t] * w).sum())(leaves[name])).sum(-1)[:13]
+        experts = getattr(getattr(case.model, "config", None), "experts", 0)
+        return jax.lax.map(one, jnp.arange(13)) if experts else jax.vmap(one)(jnp.arange(13))  # ragged_dot has no vmap for this
 
     width = case.model.hidden(case.params, tokens[:, :1], segments[:, :1], tokens[:, :1]).x.shape[-1]
     got = np.asarray(reach(tree.flat(case.params), np.random.default_rng(2).standard_normal(width).astype(np.float32)))  # [t, s]
-    allowed = (segments[0][:, None] == segments[0][None]) & (np.arange(13)[:, None] >= np.arange(13)[None])
+    gap = np.arange(13)[:, None] - np.arange(13)[None]
+    config = getattr(case.model, "config", None)
+    # Through L layers a window lets a token reach L (window - 1) back, further where a layer has none.
+    reach_ = sum(config.window - 1 if local else 13 for local in config.local) if getattr(config, "window", None) else 13
+    allowed = (segments[0][:, None] == segments[0][None]) & (gap >= 0) & (gap <= reach_)
     np.testing.assert_array_equal(got > 0, allowed)
 
 
