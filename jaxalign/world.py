@@ -209,8 +209,6 @@ def trained(run: str, dtype: str | None = "float32", *, template: str = "", adap
             raise UserError(f"{run} holds a reward model: it scores texts and writes none; name a policy's directory")
         if not getattr(w.model, "causal", True):
             raise UserError(f"{run} holds a model that reads both ways (model.family {w.config.model.family}): it can not continue a text; name a causal one")
-        if getattr(w.model, "start", None) is not None:
-            raise UserError(f"{run} holds an encoder-decoder: continuing a text with one is not supported; name a decoder")
     w = w.scored if reward else w
     params = load_params(w, str(Path(run).absolute()), heads.Scalar(w.model).specs() if reward else w.model.specs(), run, dtype)
     return w, name, adapted_by(w, params, adapter) if adapter else params
@@ -264,7 +262,9 @@ def imported_config(name: str, hf: str, model: Model, objective: str = "lm") -> 
     shape = {"path": where} if model == read_config(where) else {"family": model.family.__name__.split(".")[-1], **dataclasses.asdict(model.config)}
     c = base(name, **shape)
     c.tokenizer.path = where
-    if hub.about(hf).chat_template:
+    if getattr(model, "start", None) is not None:
+        c.tokenizer.template = "encoder_decoder"
+    elif hub.about(hf).chat_template:
         c.tokenizer.template = "hf"
     return {**plain(c), "stage": name, "objective": objective}
 

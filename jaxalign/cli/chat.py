@@ -117,7 +117,7 @@ def main(fv, rest):
     for text in speaker.notes:
         speak.note(text)
     if not chat.chats:
-        speak.note("template 'plain' has no roles: the model continues the text of the conversation. --template=chatml (or human_assistant, hf, a .jinja file) gives it some, if it was trained on them")
+        speak.note(f"template {speaker.w.template.name!r} has no roles: the model continues the text of the conversation. --template=chatml (or human_assistant, hf, a .jinja file) gives it some, if it was trained on them")
     if sys.stdin.isatty():
         speak.note("/help lists the commands, Ctrl-D leaves")
         try:

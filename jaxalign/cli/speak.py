@@ -10,6 +10,7 @@ from absl import flags
 
 from jaxalign.types import UserError
 
+CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {i: 0xFFFD for i in range(0x7F, 0xA0)}
 SETTINGS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -101,8 +102,8 @@ def answer(s: Speaker, stream, ids: list[int], how, key, row: int, show: Callabl
 
 
 def shown(piece: str) -> None:
-    """To the terminal, now."""
-    sys.stdout.write(piece)
+    """To the terminal, now. What a model writes must not steer it: control characters are shown, not sent."""
+    sys.stdout.write(piece.translate(CONTROLS) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 

@@ -66,7 +66,7 @@ class Stream:
         room = len(tokens) + min(how.max_new, AHEAD)
         while len(self.ids) < len(tokens):
             n = len(self.ids)
-            piece = tokens[n:] if _stretched(self.model) else tokens[n : n + PIECE]
+            piece = tokens[n:] if _whole(self.model) else tokens[n : n + PIECE]
             width = _bucket(len(piece))
             padded = np.zeros((self._rows, width), np.int32)
             padded[:, : len(piece)] = piece
@@ -86,7 +86,9 @@ class Stream:
     def _back_to(self, tokens: list[int]) -> None:
         """Keep what `tokens` begins with, and of `tokens` leave at least one to be read."""
         same = next((i for i, (a, b) in enumerate(zip(self.ids, tokens)) if a != b), min(len(self.ids), len(tokens)))
-        self.ids = [] if _stretched(self.model) else self.ids[: min(same, len(tokens) - 1)]
+        self.ids = self.ids[: min(same, len(tokens) - 1)]
+        if _whole(self.model):
+            self.ids, self._cache = [], None
 
     def _run(self, program, static, room: int, *args):
         """Calls a program on the cache, grown to hold `room` tokens. Until it returns there is no cache to find: it is donated."""
@@ -111,8 +113,8 @@ def _grown(cache, size):
 
 def _opened(cache, at):
     """The cache with the first `at` slots held, and no others."""
-    held = (jnp.arange(cache["segments"].shape[1]) < at).astype(jnp.int32)
-    return {**cache, "length": at, "segments": jnp.broadcast_to(held, cache["segments"].shape)}
+    held = jnp.arange(cache["segments"].shape[1]) < at
+    return {**cache, "length": at, "segments": jnp.where(held, cache["segments"], 0)}
 
 
 def _draw(model, how, params, x, draws, t):
@@ -160,8 +162,8 @@ def _bucket(n: int) -> int:
     return max(SMALLEST, 1 << (n - 1).bit_length())
 
 
-def _stretched(model: Model) -> bool:
-    """Whether keys depend on the length of the text they are read in ("dynamic" and "longrope" scaling of positions): then a
-    longer text is another one from its beginning, and is read anew and in one piece."""
+def _whole(model: Model) -> bool:
+    """Whether a longer text is another one from its beginning, to be read anew and in one piece: where an encoder reads both
+    ways, and where keys depend on the length of the text ("dynamic" and "longrope" scaling of positions)."""
     scaling = dict(getattr(getattr(model, "config", None), "rope_scaling", ()))
-    return scaling.get("rope_type") in ("dynamic", "longrope")
+    return getattr(model, "start", None) is not None or scaling.get("rope_type") in ("dynamic", "longrope")
