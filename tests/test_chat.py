@@ -12,7 +12,7 @@ import pytest
 import runs
 import tiny
 from jaxalign import build
-from jaxalign.cli import chat, sample, speak
+from jaxalign.cli import chat, speak
 from jaxalign.cli import main as cli
 from jaxalign.data import detokenize, fast, formats, hub, tokenizers
 from jaxalign.data.tokenizers import Bytes
@@ -21,7 +21,7 @@ from jaxalign.rl.rollout import generate
 from jaxalign.types import Prompts, UserError
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-WORDS = "the cat says tea and the dog says sea — naïve café 日本 😀 user assistant system"
+WORDS = "the cat says tea and the dog says sea user assistant system"  # what is not ASCII is spelled in bytes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +31,7 @@ def one_device():
 
 
 def sentencepiece(directory, specials=()):
-    return tokenizers.train_sentencepiece([WORDS] * 3, str(directory / "x.model"), 300, "bpe", specials=specials, character_coverage=0.9)
+    return tokenizers.train_sentencepiece([WORDS] * 3, str(directory / "x.model"), 300, "bpe", specials=specials)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def run(*args) -> None:
     cli.run(["jaxalign", *map(str, args)])
 
 
-def opened(directory, verb=chat, **over) -> speak.Speaker:
+def opened(directory, **over) -> speak.Speaker:
     fv = cli.flags.FlagValues()
-    verb.define(fv)
+    chat.define(fv)
     cli.parse(fv, ["x", f"--run={directory}", *(f"--{k}={x}" for k, v in over.items() for x in (v if isinstance(v, list) else [v]))])
     return speak.opened(fv, "x")
 
@@ -146,8 +146,8 @@ def test_every_turn_is_that_of_a_fresh_run(directory, template, system, temperat
     assert talk._stream.read < 3 * len(fresh) and len(talk.turns) == 6
 
 
-def piped(home, text, *args, verb="chat"):
-    command = [sys.executable, "-m", "jaxalign.cli.main", verb, "--temperature=0", "--max_new=6", *args]
+def piped(text, *args):
+    command = [sys.executable, "-m", "jaxalign.cli.main", "chat", "--temperature=0", "--max_new=6", *args]
     out = subprocess.run(command, input=text.encode(), capture_output=True, env=runs.ENV, cwd=runs.ROOT, timeout=300)
     return out.returncode, out.stdout.decode(), out.stderr.decode()
 
@@ -155,7 +155,7 @@ def piped(home, text, *args, verb="chat"):
 def test_through_a_pipe(home, tmp_path):
     file = tmp_path / "chats.jsonl"
     lines = ["/system be brief", "the cat", "", "/nonsense", f"/save {file}", "/reset", "/system", "the cat", "//the", f"/save {file}", "/quit", "never"]
-    code, out, err = piped(home, "\n".join(lines) + "\n", f"--run={home / 'hf'}")
+    code, out, err = piped("\n".join(lines) + "\n", f"--run={home / 'hf'}")
     assert code == 0, err
     first, second = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     assert [m["role"] for m in first] == ["system", "user", "assistant"] and [m["role"] for m in second] == ["user", "assistant"] * 2
@@ -163,19 +163,21 @@ def test_through_a_pipe(home, tmp_path):
     said = [m["content"] for m in (*first, *second) if m["role"] == "assistant"]
     assert out == "".join(t if t.endswith("\n") else f"{t}\n" for t in said)
     assert "there is no command '/nonsense'" in err and "the conversation is forgotten" in err
-    if all(t.strip() for t in said):
-        assert [len(formats.parse(json.loads(line), "chats.jsonl:1").messages) for line in file.read_text().splitlines()] == [3, 4]
-    assert piped(home, "\n".join(lines) + "\n", f"--run={home / 'hf'}")[1] == out  # again, the same
+    assert all(t.strip() for t in said)  # or SFT would refuse them
+    assert [len(formats.canonical(json.loads(line)).messages) for line in file.read_text().splitlines()] == [3, 4]
+    assert piped("\n".join(lines) + "\n", f"--run={home / 'hf'}")[1] == out  # again, the same
 
 
 def test_a_full_context_says_so(home):
     s = opened(home / "hf", max_new=20, temperature=0)
-    talk = chat.Chat(s, max_len=40)
-    n = len(talk.ids([("user", "the cat")]))
+    free = chat.Chat(s).say("the cat")
+    assert free.tokens == 20 and free.reason == "length"
+    n = len(chat.Chat(s).ids([("user", "the cat")]))
+    talk = chat.Chat(s, max_len=n + 8)
     got = talk.say("the cat")
-    assert got.tokens <= 40 - n and got.reason in ("context", "stop")
+    assert got.tokens == 8 and got.reason == "context" and free.text.startswith(got.text)
     before = list(talk.turns)
-    with pytest.raises(UserError, match="context is full.*of 40; nothing was dropped"):
+    with pytest.raises(UserError, match=f"context is full.*of {n + 8}; nothing was dropped"):
         talk.say("the cat says tea and the dog says sea " * 3)
     assert talk.turns == before
 
@@ -322,4 +324,4 @@ def test_a_stages_adapter_leaves_as_it_is(home, tmp_path, capsys):
     run("convert", f"--run={tmp_path / 'run'}", "--adapter", f"--to={tmp_path / 'out'}")
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == {f.name: f.read_bytes() for f in (home / "peft").iterdir()}
     first, second = (sampled(capsys, home / "hf", "--prompt=a", "--temperature=0", "--max_new=9", f"--adapter={a}") for a in (home / "peft", tmp_path / "out"))
-    assert first == second and sample.main
+    assert first == second
