@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from jaxalign import shard
-from jaxalign.models import decoder
+from jaxalign.models import decoder, t5
 from jaxalign.rl import stream as streaming
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.rl.stream import Stream, stream
@@ -78,6 +78,16 @@ def test_a_cache_that_goes_on_is_a_cache_made_anew(name):
         if len(both) + N + 3 > 32:  # the positions of gpt2
             both = both[:4]
         tokens = [both + [1, 2], both[:-1], both[: len(both) // 2] + [5], text(4, turn), both + [3], [7]][turn]
+
+
+def test_an_encoder_decoder():
+    """Prompts end with the start token; a longer one is read anew, since the encoder reads both ways."""
+    model, how = t5.model(vocab=tiny.V, dim=16, layers=1, encoder_layers=1, heads=2, head_dim=8, hidden=24), Sampling(N, (), temperature=0.8)
+    s = Stream(model, sharp(model))
+    for prompt in ([3, 4, 5], [3, 4, 5, 6, 7]):
+        prompt = [*prompt, model.start]
+        got = list(s.generate(prompt, how, KEY, chunk=4))
+        assert got == rolled(model, how, prompt) and len(set(got)) > 1
 
 
 def test_only_what_is_new_is_read():
