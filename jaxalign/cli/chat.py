@@ -184,6 +184,8 @@ def _turn(chat: Chat, line: str) -> bool:
                 speak.note(f"({WHY[got.reason]})")
     except UserError as e:
         speak.note(f"jaxalign: {e}")
+    except KeyboardInterrupt:  # before there was an answer to stop
+        speak.note("\n(stopped)")
     return True
 
 
