@@ -237,13 +237,16 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
     free = adapts(c) and not rl.reference
     reference = lora.base(policy) if free else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
     scalar = heads.Scalar(model)
-    if ":" in rl.reward:
-        scorer, reward_params = rewards.python(imported(rl.reward), w.decode, w.mesh), None
-    elif rl.reward:
-        reward_params = load_params(w, rl.reward, scalar.specs(), f"{name}.rl.reward")
-        scorer = rewards.learned(scalar, reward_params)
-    else:
+    named = [r.strip() for r in rl.reward.split(",") if r.strip()]
+    if not named:
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
+    if rl.combine not in rewards.COMBINE:
+        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
+    learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
+    one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
+    scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
+    first = next(iter(learned), None)  # of which a critic of its own is made
+    reward_params = learned.get(first)
     if rl.value == "head":
         value, critic = None, draw(heads.specs(model.config.dim, zero=True), "value")
     elif rl.value == "reward" and reward_params is not None and adapts(c):
@@ -254,7 +257,7 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
         value = scalar
     elif rl.value == "reward" and reward_params is not None:
         # A copy: the trained critic's buffers are donated, the reward model's are not.
-        value, critic = scalar, load_params(w, rl.reward, scalar.specs(), f"{name}.rl.reward")
+        value, critic = scalar, load_params(w, first, scalar.specs(), f"{name}.rl.reward")
     else:
         raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
     objective = ppo.ppo(model, value, **{**options, "temperature": c.sampling.temperature or 1.0})

@@ -151,7 +151,11 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         c["reference"] = ""  # "": the stage's own init
     if kind == "prompts":
         c["rl"] = {
-            "reward": "",  # a reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float
+            # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
+            # with commas, are an ensemble.
+            "reward": "",
+            "combine": "mean",  # of an ensemble: mean | min | mean_less_variance
+            "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance
             "reference": "",  # "": the stage's own init
             "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
             "epochs": 4,

@@ -40,7 +40,7 @@ ARCHES: dict[str, dict] = {
         theta=1e6, always=dict(GEMMA, norm="both", qk_norm="head"), biases={"attention_bias": ("qkv_bias", "o_bias")}, act=("hidden_activation", "hidden_act"), windows="types", period=6, defaults={"tied": True},
         caps={"attn_softcap": ("attn_logit_softcapping", None), "logit_softcap": ("final_logit_softcapping", None)}, fixed={"use_bidirectional_attention": (False, None)},
     ),
-    "phi3": dict(always=dict(fused=True), windows="all"),
+    "phi3": dict(always=dict(fused=True), windows="all", fixed={"full_attn_mod": (1,), "interpolate_factor": (1,)}),
     "olmo2": dict(always=dict(norm="post", qk_norm="whole"), biases={"attention_bias": ("qkv_bias", "o_bias")}),
     "mixtral": dict(windows="all", theta=1e6, experts="num_local_experts", fixed={"router_jitter_noise": (0.0, 0)}),
     "qwen2_moe": dict(
@@ -73,7 +73,7 @@ def read(arch: str, c: dict) -> dict:
         out[ours] = c.pop(theirs, default)
     if "caps" in a:
         out["query_scale"] = c.pop("query_pre_attn_scalar", 256) ** -0.5
-    out["activation"] = _activation(arch, [c.pop(name, None) for name in a.get("act", ("hidden_act",))])
+    out["activation"] = _activation(arch, {name: c.pop(name, None) for name in a.get("act", ("hidden_act",))})
     if "experts" in a:
         other = c.pop({"num_experts": "num_local_experts", "num_local_experts": "num_experts"}[a["experts"]], None)  # transformers takes either
         out["experts"], out["experts_per_token"] = c.pop(a["experts"]) if other is None else c.pop(a["experts"], other), c.pop("num_experts_per_tok")
@@ -92,8 +92,8 @@ def read(arch: str, c: dict) -> dict:
     return out
 
 
-def _activation(arch: str, names: list) -> str:
-    name = next((n for n in reversed(names) if n is not None), None)
+def _activation(arch: str, said: dict) -> str:
+    name = said.get("hidden_activation") or said.get("hidden_act")  # where both are, transformers reads the former
     if arch.startswith("gemma") and name in ("gelu", None):
         name = "gelu_pytorch_tanh"  # Gemma's first config.json said "gelu" and meant the tanh form
     if (name or "silu") not in ACTIVATIONS:

@@ -31,12 +31,13 @@ from jaxalign.types import Tree, UserError
 FAMILIES = (decoder, gpt2, neox, t5, bert)
 ARCHITECTURES = {kind: (family, a) for family in FAMILIES for kind, a in family.HF.items()}
 
-# Fields that do not change the function: token ids (the tokenizer knows them), dropout, bookkeeping, generation.
+# Fields that do not change the function: token ids (the tokenizer knows them), dropout, bookkeeping, generation. auto_map names code
+# that came with the checkpoint; it is never run, and what the other fields say is checked all the same.
 HARMLESS = re.compile(
     r"(architectures|model_type|name_or_path|_name_or_path|transformers_version|dtype|torch_dtype|use_cache|initializer_range|initializer_factor"
     r"|(bos|eos|pad|sep|cls|unk|mask|decoder_start)_token(_id)?|\w*dropout\w*|[a-z]+_pdrop|task_specific_params|id2label|label2id"
     r"|problem_type|num_labels|return_dict|output_\w+|tokenizer_class|chunk_size_feed_forward|n_ctx|summary_\w+"
-    r"|reorder_and_upcast_attn|jaxalign_\w+"
+    r"|reorder_and_upcast_attn|cache_implementation|auto_map|gradient_checkpointing|_attn_implementation\w*|attn_implementation|unsloth_\w+|jaxalign_\w+"
     r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k|top_p|typical_p"
     r"|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|num_return_sequences|remove_invalid_values)"
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import traceback
-from typing import Callable
+from typing import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,24 @@ def model_scores(model: ScalarModel, params: Tree, rows) -> jax.Array:
 def learned(model: ScalarModel, params: Tree) -> Callable:
     """Scores by a reward model that shares the policy's tokenizer."""
     return lambda rollout, prompts: model_scores(model, params, rollout)
+
+
+# How the scores f32[M,B] of M models become one (Coste et al. 2023, 2310.02743, section 3): mean; worst case; mean less
+# `uncertainty` times the variance between models.
+COMBINE: dict[str, Callable] = {
+    "mean": lambda s, uncertainty: s.mean(0),
+    "min": lambda s, uncertainty: s.min(0),
+    "mean_less_variance": lambda s, uncertainty: s.mean(0) - uncertainty * s.var(0),
+}
+
+
+def ensemble(scorers: Sequence[Callable], combine: str = "mean", uncertainty: float = 0.1) -> Callable:
+    """Scores by several models (or functions) as one. Where they disagree none of them knows, and a policy that seeks such
+    texts out is held back by "min" and "mean_less_variance"."""
+    if len(scorers) == 1:
+        return scorers[0]
+    together = jax.jit(lambda scores: COMBINE[combine](jnp.stack(scores), uncertainty))
+    return lambda rollout, prompts: together([s(rollout, prompts) for s in scorers])
 
 
 def python(fn: Callable[[str, str, dict], float], decode: Callable, mesh) -> Callable:

@@ -265,3 +265,14 @@ def test_a_reward_model_scores_the_last_token():
     np.testing.assert_allclose(shifted, scores - scores.mean(), atol=1e-5)
     with pytest.raises(UserError, match="same score"):
         rewards.normalise(params, np.ones(8))
+
+
+def test_an_ensemble_combines_what_its_members_say():
+    rollout = tiny.rows(np.random.default_rng(0), 4, 8)
+    members = [tiny.init(tiny.SCALAR, seed) for seed in range(3)]
+    scorers = [rewards.learned(tiny.SCALAR, p) for p in members]
+    each = np.stack([s(rollout, None) for s in scorers])
+    assert each.std(0).min() > 0
+    for how, want in {"mean": each.mean(0), "min": each.min(0), "mean_less_variance": each.mean(0) - 0.7 * each.var(0)}.items():
+        np.testing.assert_allclose(rewards.ensemble(scorers, how, 0.7)(rollout, None), want, rtol=1e-5)
+    assert rewards.ensemble(scorers[:1], "min") is scorers[0]

@@ -1,0 +1,37 @@
+"""Q and V heads of ILQL against a loop and trlX's own polyak step."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxalign.models import heads
+from jaxalign.ops import nn
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "ilql_trlx.npz"
+
+
+def test_q_and_v_heads_against_a_loop():
+    params = jax.jit(lambda k: nn.init(heads.q_and_v_specs(6, 9, twins=3), k))(jax.random.key(0))
+    params = jax.tree.map(lambda x: np.asarray(x) + 0.1, params)  # biases are drawn as 0
+    x = np.random.default_rng(0).standard_normal((2, 4, 6)).astype(np.float32)
+
+    def mlp(p, row):
+        h = [max(sum(row[i] * p["up"]["w"][i, j] for i in range(6)) + p["up"]["b"][j], 0.0) for j in range(12)]
+        return [sum(h[j] * p["down"]["w"][j, o] for j in range(12)) + p["down"]["b"][o] for o in range(p["down"]["b"].shape[0])]
+
+    q, v = heads.q_values(params["q"], x), heads.v_values(params["v"], x)
+    assert q.shape == (3, 2, 4, 9) and v.shape == (2, 4)
+    for b, t in np.ndindex(2, 4):
+        for i in range(3):
+            np.testing.assert_allclose(q[i, b, t], mlp(params["q"][str(i)], x[b, t]), rtol=1e-4)
+        np.testing.assert_allclose(v[b, t], mlp(params["v"], x[b, t])[0], rtol=1e-4)
+    assert len({np.asarray(p["up"]["w"]).tobytes() for p in params["q"].values()}) == 3  # twins that start alike stay alike
+
+
+def test_polyak_is_trlx_s():
+    z = np.load(VECTORS)
+    rates = [k for k in z.keys() if k.startswith("polyak_target_after__alpha")]
+    assert rates
+    for k in rates:
+        got = heads.polyak({"q": z["polyak_target_before"]}, {"q": z["polyak_q_before"]}, float(k.split("alpha")[1]))
+        np.testing.assert_allclose(got["q"], z[k], rtol=1e-6)
