@@ -62,13 +62,15 @@ class Architecture:
     """
 
     causal: str  # the class with an unembedding
-    classifier: str | None  # the class with one label; None: transformers has none, so a reward model cannot leave
+    classifier: str | None  # the class with one label; None: there is none that a scalar head could leave as
     read: Callable[[dict], dict]  # takes what it knows out of config.json, returns fields of Config
     write: Callable[[Any], dict]  # Config -> fields of config.json, in the spelling of transformers 5
     names: Callable[[Any], dict[str, tuple[str, bool]]]  # Config -> {our leaf: (tensor, transposed)}; one {} per stacked dimension
     fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # field -> values this code implements, HF's default first
     prefix: str = "model."  # of every tensor but the head's; a trunk saved alone has names without it
     buffers: str = r"$^"  # regex of tensors that older exports carry and nobody needs
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # tensors that repeat another one: they must be equal to it
+    why_not_scored: str = "transformers has no classifier of this family"  # where there is no `classifier`
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # how older files end a tensor's name -> how it ends now
     tied_by_file: bool = False  # config.json does not say whether the unembedding is the embedding; the file does
     score: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"head/weight": "score.weight"})  # the classifier's own tensors

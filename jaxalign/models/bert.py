@@ -173,8 +173,8 @@ def _names(cfg: Config) -> dict[str, tuple[str, bool]]:
 HF = {
     "bert": Architecture(
         "BertForMaskedLM", "BertForSequenceClassification", _read, _write, _names, prefix="bert.",
-        # The masked-LM head repeats the embedding and its own bias; pre-trained files carry the parts of the other heads.
-        buffers=r"position_ids$|^cls\.predictions\.decoder\.(weight|bias)$|^cls\.seq_relationship\.|^bert\.pooler\.",
+        copies={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"},
+        buffers=r"position_ids$|^cls\.seq_relationship\.|^bert\.pooler\.",  # pre-trained files carry the parts of the other heads
         renamed={".gamma": ".weight", ".beta": ".bias"},
         score={"head/weight": "classifier.weight", "head/bias": "classifier.bias"},
         fixed={"is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",), "tie_word_embeddings": (True,)},

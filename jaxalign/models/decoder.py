@@ -93,6 +93,9 @@ class Config:
             raise UserError(f"model.window {self.window} must be 1 or more")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise UserError(f"model.experts_per_token {self.experts_per_token} must lie between 1 and model.experts {self.experts}")
+        for field, needs in {"qkv_bias": not self.fused, "mlp_bias": not (self.fused or self.experts), "shared_hidden": self.experts and not self.fused, "router_aux": self.experts}.items():
+            if getattr(self, field) and not needs:
+                raise UserError(f"model.{field} {getattr(self, field)!r} has no place in this model: it takes {'no fused projections' if self.fused else 'a dense feed-forward' if self.experts else 'experts'}")
         rope.check(self.rope_scaling, self.rotary_width)
 
     @property

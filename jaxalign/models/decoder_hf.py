@@ -28,27 +28,27 @@ SPELLED = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "re
 GEMMA = dict(norm_offset=1.0, embed_scale=True)
 ARCHES: dict[str, dict] = {
     "llama": dict(biases={"attention_bias": ("qkv_bias", "o_bias"), "mlp_bias": ("mlp_bias",)}, fixed={"pretraining_tp": (1,)}),
-    "mistral": dict(windows="all"),
-    "qwen2": dict(always=dict(qkv_bias=True), windows="qwen"),
-    "qwen3": dict(always=dict(qk_norm="head"), biases={"attention_bias": ("qkv_bias", "o_bias")}, windows="qwen", defaults={"head_dim": 128}),
-    "gemma": dict(always=GEMMA, biases={"attention_bias": ("qkv_bias", "o_bias")}, act=("hidden_act", "hidden_activation"), defaults={"tied": True}, fixed={"use_bidirectional_attention": (None, False)}),
+    "mistral": dict(windows="all", defaults={"kv_heads": 8, "window": 4096}),
+    "qwen2": dict(always=dict(qkv_bias=True), windows="qwen", defaults={"kv_heads": 32, "window": 4096}),
+    "qwen3": dict(always=dict(qk_norm="head"), biases={"attention_bias": ("qkv_bias", "o_bias")}, windows="qwen", defaults={"kv_heads": 32, "head_dim": 128, "window": 4096}),
+    "gemma": dict(always=GEMMA, biases={"attention_bias": ("qkv_bias", "o_bias")}, act=("hidden_act", "hidden_activation"), defaults={"tied": True, "kv_heads": 16, "head_dim": 256}, fixed={"use_bidirectional_attention": (None, False)}),
     "gemma2": dict(
-        always=dict(GEMMA, norm="both"), biases={"attention_bias": ("qkv_bias", "o_bias")}, act=("hidden_activation", "hidden_act"), windows="types", period=2, defaults={"tied": True},
+        always=dict(GEMMA, norm="both"), biases={"attention_bias": ("qkv_bias", "o_bias")}, act=("hidden_activation", "hidden_act"), windows="types", period=2, defaults={"tied": True, "kv_heads": 4, "head_dim": 256, "window": 4096},
         caps={"attn_softcap": ("attn_logit_softcapping", 50.0), "logit_softcap": ("final_logit_softcapping", 30.0)}, fixed={"use_bidirectional_attention": (None, False)},
     ),
     "gemma3_text": dict(
-        theta=1e6, always=dict(GEMMA, norm="both", qk_norm="head"), biases={"attention_bias": ("qkv_bias", "o_bias")}, act=("hidden_activation", "hidden_act"), windows="types", period=6, defaults={"tied": True},
+        theta=1e6, always=dict(GEMMA, norm="both", qk_norm="head"), biases={"attention_bias": ("qkv_bias", "o_bias")}, act=("hidden_activation", "hidden_act"), windows="types", period=6, defaults={"tied": True, "kv_heads": 4, "head_dim": 256, "window": 4096},
         caps={"attn_softcap": ("attn_logit_softcapping", None), "logit_softcap": ("final_logit_softcapping", None)}, fixed={"use_bidirectional_attention": (False, None)},
     ),
     "phi3": dict(always=dict(fused=True), windows="all", fixed={"full_attn_mod": (1,), "interpolate_factor": (1,)}),
     "olmo2": dict(always=dict(norm="post", qk_norm="whole"), biases={"attention_bias": ("qkv_bias", "o_bias")}),
-    "mixtral": dict(windows="all", theta=1e6, experts="num_local_experts", fixed={"router_jitter_noise": (0.0, 0)}),
+    "mixtral": dict(windows="all", defaults={"kv_heads": 8}, theta=1e6, experts="num_local_experts", fixed={"router_jitter_noise": (0.0, 0)}),
     "qwen2_moe": dict(
-        windows="none", experts="num_experts", shared=True, biases={"qkv_bias": ("qkv_bias",)}, defaults={"qkv_bias": True},
+        windows="none", experts="num_experts", shared=True, biases={"qkv_bias": ("qkv_bias",)}, defaults={"qkv_bias": True, "kv_heads": 16},
         fixed={"use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ((), [], None)},
     ),
     "qwen3_moe": dict(
-        always=dict(qk_norm="head"), windows="none", experts="num_experts", biases={"attention_bias": ("qkv_bias", "o_bias")},
+        always=dict(qk_norm="head"), windows="none", experts="num_experts", biases={"attention_bias": ("qkv_bias", "o_bias")}, defaults={"kv_heads": 4},
         fixed={"use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ((), [], None)},
     ),
 }  # fmt: skip
@@ -64,8 +64,7 @@ def read(arch: str, c: dict) -> dict:
     out = {"arch": arch, **a.get("always", {})}
     for ours, (theirs, default) in FIELDS.items():
         default = defaults.get(ours, default)
-        value = c.pop(theirs) if default is REQUIRED else c.pop(theirs, default)
-        out[ours] = defaults.get(ours) if value is None and ours in defaults else value
+        out[ours] = c.pop(theirs) if default is REQUIRED else c.pop(theirs, default)
     for theirs, fields in a.get("biases", {}).items():
         value = c.pop(theirs, defaults.get(theirs, False))
         out |= dict.fromkeys(fields, value)
@@ -83,10 +82,10 @@ def read(arch: str, c: dict) -> dict:
             c.pop("max_window_layers", None), c.pop("sliding_window", None)
             if set(types := c.pop("layer_types", None) or ()) - {"full_attention"}:
                 raise UserError(f"layer_types {types!r} is not supported; every layer must be full_attention")
-            out["dense_hidden"], out["hidden"], out["renormalise"] = out["hidden"], c.pop("moe_intermediate_size"), c.pop("norm_topk_prob", False)
+            # intermediate_size was that of layers without experts, and there are none.
+            out["hidden"], out["renormalise"] = c.pop("moe_intermediate_size"), c.pop("norm_topk_prob", False)
         if a.get("shared"):
             out["shared_hidden"] = c.pop("shared_expert_intermediate_size")
-    out.pop("dense_hidden", None)  # of layers without experts, and there are none
     _read_windows(a, c, out)
     _read_rope(arch, a, c, out)
     return out
@@ -94,18 +93,18 @@ def read(arch: str, c: dict) -> dict:
 
 def _activation(arch: str, said: dict) -> str:
     name = said.get("hidden_activation") or said.get("hidden_act")  # where both are, transformers reads the former
-    if arch.startswith("gemma") and name in ("gelu", None):
-        name = "gelu_pytorch_tanh"  # Gemma's first config.json said "gelu" and meant the tanh form
-    if (name or "silu") not in ACTIVATIONS:
+    if name is None or (arch == "gemma" and name == "gelu"):  # Gemma's first config.json said "gelu" and meant the tanh form
+        name = "gelu_pytorch_tanh" if arch.startswith("gemma") else "silu"
+    if name not in ACTIVATIONS:
         raise UserError(f"hidden_act {name!r} is not supported; it may be {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name or "silu"]
+    return ACTIVATIONS[name]
 
 
 def _read_windows(a: dict, c: dict, out: dict) -> None:
     style, layers = a.get("windows"), out["layers"]
     if style in (None, "none"):
         return
-    window, types = c.pop("sliding_window", None), c.pop("layer_types", None)
+    window, types = c.pop("sliding_window", a.get("defaults", {}).get("window")), c.pop("layer_types", None)
     if not isinstance(layers, int) or layers < 1:
         raise UserError(f"num_hidden_layers {layers!r} is not a positive whole number")
     if style == "all":
@@ -118,7 +117,8 @@ def _read_windows(a: dict, c: dict, out: dict) -> None:
         window = window if used else None
         local = [window is not None and i >= first for i in range(layers)]
     else:
-        pattern = c.pop("sliding_window_pattern", None) or c.pop("_sliding_window_pattern", None) or a["period"]
+        said = [c.pop(k, None) for k in ("sliding_window_pattern", "_sliding_window_pattern")]
+        pattern = next(filter(None, said), a["period"])
         local = [bool((i + 1) % pattern) for i in range(layers)]
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
@@ -134,7 +134,7 @@ def _read_rope(arch: str, a: dict, c: dict, out: dict) -> None:
         by_kind, near = c.pop("rope_parameters", None) or {}, c.pop("rope_local_base_freq", None)
         if set(by_kind) - {"full_attention", "sliding_attention"}:
             raise UserError(f"rope_parameters has {sorted(by_kind)}; Gemma 3 has them for full_attention and sliding_attention")
-        scaled, local = rope.read(dict(by_kind.get("sliding_attention") or {}), theta=10000.0 if near is None else near)
+        scaled, local = rope.read({"rope_parameters": by_kind.get("sliding_attention")}, theta=10000.0 if near is None else near)
         if scaled:
             raise UserError("rope_parameters of sliding_attention: windowed layers are not scaled")
         out["window_theta"] = local["rope_theta"]

@@ -98,7 +98,7 @@ def _fits(field, value) -> bool:
         return value is not None or field.default is None
     if kind == "bool":
         return type(value) is bool
-    return type(value) in ((int,) if kind == "int" else (int, float)) and math.isfinite(value) and (value > 0 or (value == 0 and field.default == 0))
+    return type(value) in ((int,) if kind == "int" else (int, float)) and abs(value) < 2**63 and (value > 0 or (value == 0 and field.default == 0))
 
 
 def read_config(directory, **overrides) -> FamilyModel:
@@ -178,6 +178,9 @@ def _check(where, tensors: dict, names: dict, specs: dict, arch: Architecture, c
                 wrong.append(f"{name} has shape {list(t.shape)}, the config needs {list(want[name])}")
             elif t.kind not in DTYPES:
                 wrong.append(f"{name} is {t.kind}, jaxalign reads {', '.join(DTYPES)}: take an unquantised checkpoint, or dequantise it first")
+        elif name in arch.copies and arch.copies[name] in tensors:
+            if not weights.same(tensors[arch.copies[name]], t):
+                wrong.append(f"{name} differs from {arch.copies[name]}, which it must repeat")
         elif re.search(arch.buffers, name):
             continue
         elif name == unembed and not reward:  # here the config says tied, or the name would be wanted
@@ -265,7 +268,7 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     model = model.scored() if reward else model
     cfg = model.config
     if reward and arch.classifier is None:
-        raise UserError(f"transformers has no {arch.causal.split('For')[0]}ForSequenceClassification: a reward model of this family cannot be exported")
+        raise UserError(f"a reward model with the trunk of {arch.causal} cannot be exported: {arch.why_not_scored}")
     config = {**arch.write(cfg), **{k: v[0] for k, v in arch.fixed.items()}, "use_cache": True}
     config["model_type"] = next(k for k, a in model.family.HF.items() if a is arch)
     _expressed(model, arch, config, reward)
@@ -322,7 +325,8 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
         _dump(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {e[1].tensor: f for f, entries in zip(files, plan) for e in entries}})
     if not reward:
         # transformers derives the file anew from config.json where it says _from_model_config.
-        _dump(directory / "generation_config.json", {**({} if generation else {"_from_model_config": True}), **ids, **(generation or {})})
+        start = {} if model.start is None else {"decoder_start_token_id": model.start}
+        _dump(directory / "generation_config.json", {**({} if generation else {"_from_model_config": True}), **ids, **start, **(generation or {})})
     if tokenizer is not None:
         tokenizer.save(str(directory))
     _dump(directory / "config.json", config)

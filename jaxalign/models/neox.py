@@ -21,6 +21,9 @@ from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
 
 
+SPELLED = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     vocab: int
@@ -30,6 +33,7 @@ class Config:
     hidden: int | None = None  # None: 4 dim
     parallel: bool = True  # both branches read the same x
     attn_bias: bool = True
+    activation: str = "gelu"  # gelu | gelu_tanh (the 20 B model's)
     rotary: float = 0.25  # the part of a head that rotates
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()  # (name, value) pairs, see `ops.rope`
@@ -51,6 +55,8 @@ class Config:
             raise UserError(f"model.dim {self.dim} is not a multiple of model.heads {self.heads}")
         if self.rotary_width % 2 or not 2 <= self.rotary_width <= self.dim // self.heads:
             raise UserError(f"rotary embeddings need an even width of 2 or more, got {self.rotary_width} of a head of {self.dim // self.heads}")
+        if self.activation not in SPELLED.values():
+            raise UserError(f"model.activation {self.activation!r} is not one of gelu, gelu_tanh")
         rope.check(self.rope_scaling, self.rotary_width)
 
     @property
@@ -97,7 +103,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
         a = dense(a.reshape(B, T, -1), p["o"])
         h = norm(x if cfg.parallel else x + a, p["ln_2"])
-        h = dense(jax.nn.gelu(dense(h, p["up"]), approximate=False), p["down"])
+        h = dense(jax.nn.gelu(dense(h, p["up"]), approximate=cfg.activation == "gelu_tanh"), p["down"])
         return spread(x + a + h), kv
 
     x, layers = nn.stack(block, params["layers"], x, cache and cache["layers"], cfg.layers, scan=cfg.scan, remat=cfg.remat)
@@ -129,13 +135,17 @@ FIELDS = {
 def _read(c: dict) -> dict:
     out = {ours: c.pop(theirs) for ours, theirs in FIELDS.items()}
     out |= {"parallel": c.pop("use_parallel_residual", True), "attn_bias": c.pop("attention_bias", True), "tied": c.pop("tie_word_embeddings", False)}
+    act = c.pop("hidden_act", "gelu")
+    if act not in SPELLED:
+        raise UserError(f"hidden_act {act!r} is not supported; it may be {', '.join(SPELLED)}")
+    out["activation"] = SPELLED[act]
     scaling, rotary = rope.read(c, theta=c.pop("rotary_emb_base", 10000.0), rotary=c.pop("rotary_pct", 0.25), max_len=out["max_len"])
     return {**out, **rotary, "rope_scaling": scaling}
 
 
 def _write(cfg: Config) -> dict:
     out = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}
-    out |= {"use_parallel_residual": cfg.parallel, "attention_bias": cfg.attn_bias, "tie_word_embeddings": cfg.tied}
+    out |= {"use_parallel_residual": cfg.parallel, "hidden_act": "gelu" if cfg.activation == "gelu" else "gelu_fast", "attention_bias": cfg.attn_bias, "tie_word_embeddings": cfg.tied}
     return out | {"rope_parameters": {**rope.write(cfg.rope_scaling), "rope_theta": cfg.rope_theta, "partial_rotary_factor": cfg.rotary}}
 
 
@@ -154,6 +164,6 @@ def _names(cfg: Config) -> dict[str, tuple[str, bool]]:
 HF = {
     "gpt_neox": Architecture(
         "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification", _read, _write, _names, prefix="gpt_neox.",
-        buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", fixed={"hidden_act": ("gelu",), "is_decoder": (False, True)},
+        buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", fixed={"is_decoder": (False, True)},
     )
 }  # fmt: skip

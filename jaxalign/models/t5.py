@@ -18,6 +18,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import shard
 from jaxalign.models import Architecture, FamilyModel
@@ -99,15 +100,17 @@ def parted(cfg: Config, tokens, segments, positions) -> tuple[jax.Array, Inputs]
 def bucket(gap: jax.Array, buckets: int, max_distance: int, both_ways: bool) -> jax.Array:
     """Distance (position of the key less that of the query) -> bucket: near ones each their own, far ones by the logarithm
     (section 2.1; `_relative_position_bucket` of Mesh TensorFlow)."""
-    offset = 0
-    if both_ways:
-        buckets //= 2
-        offset, gap = jnp.where(gap > 0, buckets, 0), jnp.abs(gap)
-    else:
-        gap = jnp.maximum(-gap, 0)
-    exact = buckets // 2
-    far = jnp.log(jnp.maximum(gap, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact) * (buckets - exact)
-    return offset + jnp.where(gap < exact, gap, jnp.minimum(exact + far.astype(jnp.int32), buckets - 1))
+    table = jnp.asarray(_buckets(buckets // 2 if both_ways else buckets, max_distance))
+    near = jnp.take(table, jnp.minimum(jnp.abs(gap) if both_ways else jnp.maximum(-gap, 0), max_distance))
+    return jnp.where(gap > 0, buckets // 2, 0) + near if both_ways else near
+
+
+def _buckets(buckets: int, max_distance: int) -> np.ndarray:
+    """i32[max_distance + 1]: the bucket of every distance. On the host and in f32, as torch rounds: where a distance lies on a
+    border, another logarithm (a device's, or f64's) may put it on the other side, and the weights were trained with this one."""
+    exact, gap = buckets // 2, np.arange(max_distance + 1)
+    far = np.log(np.maximum(gap, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)
+    return np.where(gap < exact, gap, np.minimum(exact + far.astype(np.int32), buckets - 1)).astype(np.int32)
 
 
 def _bias(cfg: Config, table, q_positions, kv_positions, both_ways: bool):
@@ -251,7 +254,9 @@ def _names(cfg: Config) -> dict[str, tuple[str, bool]]:
 HF = {
     "t5": Architecture(
         "T5ForConditionalGeneration", None, _read, _write, _names, prefix="", tied_by_file=True,
-        buffers=r"^(encoder|decoder)\.embed_tokens\.weight$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
+        copies={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
+        buffers=r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",  # of a layer that has none
+        why_not_scored="its classifier puts two layers on the decoder's EOS, which is another model than a scalar head",
         fixed={"is_encoder_decoder": (True,), "is_decoder": (False,)},
     )
 }  # fmt: skip

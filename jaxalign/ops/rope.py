@@ -49,6 +49,8 @@ def check(scaling: Scaling, width: int) -> None:
             raise UserError(f"rope scaling {kind!r}: {k} = {v!r} must be {'true or false' if k == 'truncate' else 'positive and finite'}")
         if isinstance(v, tuple) and len(v) != width // 2:
             raise UserError(f"rope scaling {kind!r}: {k} has {len(v)} numbers, half the rotary width is {width // 2}")
+    if kind == "dynamic" and width < 4:
+        raise UserError("rope scaling 'dynamic' needs a rotary width of 4 or more")
     if kind == "llama3" and s["high_freq_factor"] <= s["low_freq_factor"]:
         raise UserError("rope scaling 'llama3': high_freq_factor must exceed low_freq_factor")
 
@@ -68,7 +70,11 @@ def read(c: dict, *, theta: float, rotary: float = 1.0, max_len: int = 0) -> tup
             k = "rope_type" if k == "type" else k
             if v is not None and rope.setdefault(k, v) != v:
                 raise UserError(f"{k} is given twice, as {rope[k]!r} and as {v!r}")
-    fields = {"rope_theta": float(rope.pop("rope_theta", theta)), "rotary": float(rope.pop("partial_rotary_factor", rotary))}
+    fields = {"rope_theta": rope.pop("rope_theta", theta), "rotary": rope.pop("partial_rotary_factor", rotary)}
+    for k, v in fields.items():
+        if type(v) not in (int, float) or not 0 < abs(v) < 2**63:
+            raise UserError(f"{k} {v!r} is not a number that could be meant")
+        fields[k] = float(v)
     kind, original = rope.pop("rope_type", "default"), rope.pop("original_max_position_embeddings", None)
     kind = "longrope" if kind == "su" else kind  # what Phi-3 called it at first
     if kind == "default":
@@ -77,6 +83,8 @@ def read(c: dict, *, theta: float, rotary: float = 1.0, max_len: int = 0) -> tup
         return (), fields
     if kind in TYPES and "original_max_position_embeddings" in TYPES[kind][0]:
         rope["original_max_position_embeddings"] = max_len if original is None else original
+    elif original not in (None, max_len):
+        rope["original_max_position_embeddings"] = original  # which `check` refuses: nobody would read it
     return (("rope_type", kind), *sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in rope.items())), fields
 
 
@@ -131,8 +139,10 @@ def _amplitude(s, max_len) -> float:
 def _reach(positions, segments):
     """i32[B,T]: the length of the document that each token is in, as far as it is here. So a row's neighbours, in the
     batch and in the row, do not matter, as they would if the batch's longest decided."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return jnp.where(same, positions[:, None, :], 0).max(-1) + 1
+    T = positions.shape[1]
+    last = jnp.concatenate([segments[:, 1:] != segments[:, :-1], jnp.ones_like(segments[:, :1], bool)], 1)
+    end = jax.lax.cummin(jnp.where(last, jnp.arange(T), T - 1), axis=1, reverse=True)  # slot of the document's last token
+    return jnp.take_along_axis(positions, end, 1) + 1
 
 
 def table(positions, width: int, theta: float, scaling: Scaling = (), *, segments=None, max_len: int = 0) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +114,8 @@ def test_round_trip_keeps_every_byte(cases, tmp_path):
     """HF -> jaxalign -> HF in a source dtype of each kind; then transformers loads what we wrote and says the same."""
     from safetensors import safe_open
 
-    for c, dtype in zip(cases, ("float32", "bfloat16", "float16")):
-        a, b = tmp_path / f"{c.seed}a", tmp_path / f"{c.seed}b"
+    for i, dtype in enumerate(("float32", "bfloat16", "float16")):
+        c, a, b = cases[i % len(cases)], tmp_path / f"{i}a", tmp_path / f"{i}b"
         zoo.make(c.arch, c.seed, a, dtype)
         model, params = hf.load(a, dtype=None)
         assert {x.dtype.name for x in jax.tree.leaves(params)} == {dtype}
@@ -218,6 +219,30 @@ def test_load_balancing_loss(cases):
         grads = {n: p.grad for n, p in c.torch.named_parameters()}
         for name, g in named(c, got).items():
             np.testing.assert_allclose(g, their_gradient(grads, name), atol=1e-4 * max(1.0, float(abs(g).max())), err_msg=f"seed {c.seed} {name}")
+
+
+@pytest.mark.parametrize("arch", ["t5"], indirect=True)
+def test_an_exported_encoder_decoder_generates(cases, tmp_path):
+    """generation_config.json names the token that opens the decoder's part; without it `generate` raises."""
+    c = cases[0]
+    hf.save(tmp_path, c.model, c.params, generation={"eos_token_id": [1]})
+    made = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).generate(torch.tensor(c.read).long(), max_new_tokens=4, do_sample=False)
+    assert made.shape[0] == B and (made[:, 0] == c.model.start).all()
+
+
+@pytest.mark.parametrize("arch, name", [("t5", "encoder.embed_tokens.weight"), ("bert", "cls.predictions.decoder.weight")], indirect=["arch"])
+def test_a_copy_that_is_none_is_named(cases, tmp_path, name):
+    from safetensors.torch import load_file, save_file
+
+    c = cases[0]
+    shutil.copytree(c.directory, tmp_path / "x")
+    tensors = load_file(tmp_path / "x" / "model.safetensors")
+    original = tensors[{"t5": "shared.weight", "bert": "bert.embeddings.word_embeddings.weight"}[c.arch]]
+    save_file({**tensors, name: original.clone()}, tmp_path / "x" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "x")[1], c.params)
+    save_file({**tensors, name: original + 1}, tmp_path / "x" / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} differs from"):
+        hf.load(tmp_path / "x")
 
 
 def named(c, params=None):

@@ -6,7 +6,7 @@ Written from the models' cards and configurations; only fields are here, no weig
 import json
 
 import pytest
-from jaxalign.models import hf
+from jaxalign.models import decoder, hf
 from jaxalign.types import UserError
 
 COMMON = {"torch_dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": True, "initializer_range": 0.02, "attention_dropout": 0.0}
@@ -157,3 +157,45 @@ def test_t5_s_two_generations(tmp_path, more, want):
 def test_other_architectures_are_refused_by_name(tmp_path, kind, name):
     with pytest.raises(UserError, match=f"model_type '{kind}' is not supported; jaxalign reads bert, gemma"):
         read(tmp_path, {**PUBLISHED["Llama-2-7b"][0], "model_type": kind, "architectures": [name]})
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if PUBLISHED[n][0]["model_type"] not in ("gpt2", "bert")])
+def test_a_field_that_is_missing_is_what_transformers_takes_it_for(tmp_path, name):
+    """Or it is asked for by name. Each field is left out in turn, and ours compared with what AutoConfig fills in."""
+    transformers = pytest.importorskip("transformers")
+    config = {k: v for k, v in PUBLISHED[name][0].items() if k not in ("auto_map", "quantization_config")}
+    for field in sorted(set(config) - {"architectures", "model_type", "original_max_position_embeddings"}):
+        less = {k: v for k, v in config.items() if k != field}
+        try:
+            ours, _, _ = read(tmp_path, less)
+        except UserError as e:
+            ours_for_it = {"num_key_value_heads": "kv_heads", "rope_scaling": "rope"}.get(field, field)  # 32, say, which do not divide the heads
+            assert field in str(e) or ours_for_it in str(e), (field, e)
+            continue
+        filled = transformers.AutoConfig.for_model(config["model_type"], **{k: v for k, v in less.items() if k not in ("architectures", "model_type")}).to_dict()
+        theirs, _, _ = read(tmp_path, {**{k: v for k, v in filled.items() if v is not None or k in less or k == "sliding_window"}, "architectures": config["architectures"]})
+        assert ours.config == theirs.config, field
+
+
+def test_scaled_windowed_layers_of_gemma_3_are_refused(tmp_path):
+    config = PUBLISHED["gemma-3-1b-it"][0] | {"rope_theta": None, "rope_local_base_freq": None}
+    both = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}}
+    with pytest.raises(UserError, match="windowed layers are not scaled"):
+        read(tmp_path, {**config, "rope_parameters": both})
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "intermediate_size"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63, "8", [8], {"a": 1}, True, 0, -1])
+def test_absurd_numbers_are_one_clear_error(tmp_path, field, value):
+    with pytest.raises(UserError):
+        read(tmp_path, {**PUBLISHED["Llama-2-7b"][0], field: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(fused=True, qkv_bias=True), dict(fused=True, mlp_bias=True), dict(experts=2, mlp_bias=True), dict(shared_hidden=4), dict(router_aux=0.1), dict(fused=True, experts=2, shared_hidden=4)],
+    ids=lambda f: "+".join(f),
+)
+def test_fields_that_nothing_would_read_are_refused(fields):
+    with pytest.raises(UserError, match="has no place in this model"):
+        decoder.model(vocab=9, dim=8, layers=1, heads=2, hidden=6, **fields)

@@ -215,3 +215,13 @@ def test_bert_masked_then_a_reward_model(road):
     for objective in ("lm", "dpo"):
         with pytest.raises(UserError, match="reads both ways and writes nothing"):
             run(road, objective, tiny, {"path": "bytes"}, objective, path="sft.jsonl" if objective == "lm" else "pairs.jsonl", init=str(road / "mlm"))
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_buckets_are_transformers_s_at_every_border(both_ways):
+    torch, attention = pytest.importorskip("torch"), pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention
+    gap = np.arange(-300, 301)
+    for buckets in (8, 12, 32, 64):
+        for most in (*range(buckets // 2 + 1, 60), 128, 200):
+            want = attention._relative_position_bucket(torch.tensor(gap), bidirectional=both_ways, num_buckets=buckets, max_distance=most)
+            np.testing.assert_array_equal(t5.bucket(jnp.asarray(gap), buckets, most, both_ways), want, err_msg=f"{buckets} {most}")

@@ -52,10 +52,11 @@ def config(arch: str, seed: int) -> dict:
     }  # fmt: skip
     if arch == "gpt_neox":
         part = pick(0.25, 0.5, 1.0) if width % 8 == 0 else 1.0
-        out |= {"use_parallel_residual": coin(), "attention_bias": coin(), "layer_norm_eps": 1e-5}
+        out |= {"use_parallel_residual": coin(), "attention_bias": coin(), "layer_norm_eps": 1e-5, "hidden_act": pick("gelu", "gelu_fast")}
         return out | {"rope_parameters": {**rope_parameters(r, pick("default", "linear"), width, max_len), "partial_rotary_factor": part}}
     out |= {"num_key_value_heads": kv, "rms_norm_eps": pick(1e-5, 1e-6)} | ({"head_dim": width} if own_width else {})
-    rope = lambda *kinds: rope_parameters(r, kinds[seed % len(kinds)], width, max_len)
+    # Neighbouring families get neighbouring kinds, so that few seeds reach every kind.
+    rope = lambda *kinds: rope_parameters(r, kinds[(seed + DECODERS.index(arch)) % len(kinds)], width, max_len)
     out["rope_parameters"] = rope(*ROPES) if arch not in ("phi3", "gemma3_text") else rope("default", "longrope") if arch == "phi3" else None
     window = {"sliding_window": int(r.integers(2, 9))}
     kinds = lambda: {"layer_types": [pick("sliding_attention", "full_attention") for _ in range(layers)]}
