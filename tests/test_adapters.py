@@ -169,6 +169,12 @@ def test_evaluation_reads_the_merged_weights(data, tmp_path):
         ({"adapter.rank": 0, "adapter.quantise": "nf4"}, "nothing would train; set adapter.rank"),
         ({"adapter.quantise": "int3"}, "'int3' is unknown"),
         ({"adapter.path": "x"}, "set adapter.rank to 0"),
+        # What nothing would read is refused: without adapters every weight would train, and not a word be said of it.
+        ({"adapter.rank": 0, "adapter.dora": True}, "adapter.dora True with adapter.rank 0: every weight would be trained"),
+        ({"adapter.rank": 0, "adapter.targets": "/q$", "adapter.rslora": True, "adapter.alpha": 8.0}, "alpha 8.0, adapter.targets '/q.', adapter.rslora True"),
+        ({"adapter.rank": 0, "adapter.path": "x", "adapter.dora": True}, "adapter.dora True .* adapter.path brings its own"),
+        ({"adapter.rank": 0, "adapter.path": "x", "adapter.targets": "/q$"}, "adapter.targets .* adapter.path brings its own"),
+        ({"adapter.rank": 0, "adapter.patterns": (("/q$", 2, 4.0),), "adapter.targets": "/v$"}, "adapter.targets .* each of adapter.patterns has its own"),
         ({"adapter.rank": -1}, "rank -1"),
         ({"adapter.alpha": 0.0}, "alpha 0"),
         ({"adapter.targets": "quack"}, "'quack' matches no parameter"),

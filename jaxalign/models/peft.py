@@ -200,7 +200,7 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
                 value = m.turned(part, tensors[name].astype(np.float32))
                 room = {"a": (slice(None), slice(r)), "b": (slice(r),), "magnitude": ()}[part]
                 host[part][(*m.index, *room)] = value
-        made = lora._adapter_specs(group[0].spec, R, 1.0, maker.dora)
+        made = lora.adapter_specs(group[0].spec, R, 1.0, maker.dora)
         nodes[leaf] = {k: hf.place(v, made[k], mesh, rules) for k, v in host.items()}
     if reward:
         weight = hf.place(tensors[score].astype(np.float32)[0], Spec((model.config.dim,), (None,)), mesh, rules)

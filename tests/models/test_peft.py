@@ -169,6 +169,21 @@ def test_embedding_and_unembedding(pair, tmp_path):
     np.testing.assert_allclose(logits(model, back), logits(model, ours), atol=1e-6)
 
 
+def test_export_of_what_is_not_merged(pair, tmp_path):
+    """The remedy by name, not a list of leaves; and what merging does to each leaf."""
+    _, model, params = pair("llama", 3)
+    ours = lora.attach(lora.quantise(params, (("/k$", "int8"), ("/o$", "bfloat16"))), lora.Lora((("/q$", 2, 2),)), jax.random.key(0))
+    with pytest.raises(UserError, match=r"layers/k; layers/q: adapted or quantised.*merge first \(lora.merge\)"):
+        hf.save(tmp_path / "out", model, ours)
+    with pytest.raises(UserError, match="trunk/layers/k; trunk/layers/q: adapted"):
+        hf.save(tmp_path / "out", model, {"trunk": ours, "head": {"weight": jnp.zeros(model.config.dim), "bias": jnp.zeros(())}})
+    merged = lora.merge(ours)
+    assert {x.dtype.name for x in jax.tree.leaves(merged)} == {"float32"}
+    assert {k for k, x in tree.flat(merged).items() if x is not tree.flat(params)[k]} == {"layers/q", "layers/k", "layers/o"}
+    hf.save(tmp_path / "out", model, merged)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "out")[1], merged)
+
+
 def test_layers_may_differ(pair, tmp_path):
     """A regex for one layer, another rank in one: zeros fill the stack, and get no gradient."""
     base, model, params = pair("llama", 7)
