@@ -23,21 +23,13 @@ import jax
 import numpy as np
 
 from jaxalign import shard, tree
-from jaxalign.models import FamilyModel, hf, lora, weights
+from jaxalign.models import FamilyModel, hf, lora, peft_config, weights
 from jaxalign.ops.nn import Spec, is_adapted, is_spec
 from jaxalign.types import Tree, UserError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = peft_config.CONFIG, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Fields that change neither the function nor which tensors there are: bookkeeping, training, how a fresh adapter is drawn.
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type", "task_type", "lora_dropout",
-    "megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "fan_in_fan_out", "layers_pattern",
-}  # fmt: skip
-READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "exclude_modules", "modules_to_save", "bias", "init_lora_weights"}
-# These draw a and b and leave the base alone; the others (pissa, olora, corda, loftq, lora_ga) take something out of it.
-PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 EMBEDDINGS = ("embed", "positions")  # looked up, not multiplied: our last name component
 CLASSIFIERS = {"classifier", "score"}  # what PEFT trains whole beside the adapters of a classifier
 
@@ -103,56 +95,6 @@ def begin(model, params: Tree, head: Tree | None, how: lora.Lora | None, key, *,
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-def _matches(pattern, name: str) -> bool:
-    """As peft: a string is a regex over the whole name; a list holds names or their last components."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in pattern or ())
-
-
-def _by_pattern(patterns: dict, name: str, default):
-    """As peft's rank_pattern and alpha_pattern: the first key that matches the end of the name, as a regex."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
-
-
-def read_config(directory) -> dict:
-    """adapter_config.json, checked. Raises UserError for anything that would make it another function than the one we load."""
-    path = Path(directory) / CONFIG
-    c = weights.read_json(Path(directory), CONFIG)
-    if c.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {c.get('peft_type')!r} is not supported; jaxalign reads LORA (with rsLoRA and DoRA)")
-    if left := sorted(k for k, v in c.items() if k not in HARMLESS | READ and v not in (None, False, "", [], {})):
-        raise UserError(f"{path}: {', '.join(f'{k} = {c[k]!r}' for k in left)}: not supported, and ignoring it would load another function")
-    if c.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias {c['bias']!r} is not supported; only 'none' is, which leaves biases as they are")
-    if c.get("init_lora_weights", True) not in PLAIN_INIT:
-        raise UserError(f"{path}: init_lora_weights {c['init_lora_weights']!r} changes the base weights; convert it with peft's path_initial_model_for_weight_conversion")
-    number = lambda v: type(v) in (int, float) and math.isfinite(v) and v > 0
-    ranks, alphas = c.get("rank_pattern") or {}, c.get("alpha_pattern") or {}
-    for field, values, good in (
-        ("r", [c.get("r")], lambda v: type(v) is int and v > 0),
-        ("lora_alpha", [c.get("lora_alpha")], number),
-        ("rank_pattern", ranks.values() if isinstance(ranks, dict) else [None], lambda v: type(v) is int and v > 0),
-        ("alpha_pattern", alphas.values() if isinstance(alphas, dict) else [None], number),
-        ("use_rslora", [c.get("use_rslora", False)], lambda v: type(v) is bool),
-        ("use_dora", [c.get("use_dora", False)], lambda v: type(v) is bool),
-    ):
-        if not all(map(good, values)):
-            raise UserError(f"{path}: {field} {c.get(field)!r} is not what it should be (ranks are whole numbers above 0, alphas numbers above 0)")
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
-        v = c.get(field)
-        if not (v is None or isinstance(v, str) or isinstance(v, list) and all(isinstance(x, str) for x in v)):
-            raise UserError(f"{path}: {field} {v!r} is neither a regex nor a list of names")
-    for pattern in [*ranks, *alphas, *(c[f] for f in ("target_modules", "exclude_modules") if isinstance(c.get(f), str))]:
-        try:
-            if len(pattern) > 1000:
-                raise re.error("it is longer than 1000 characters")
-            re.compile(pattern)
-        except re.error as e:
-            raise UserError(f"{path}: {pattern[:100]!r} is not a regular expression: {e}") from None
-    return c
-
-
 def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None, rules: dict | None = None) -> Tree:
     """`params` of `model` with the adapters of a PEFT directory attached (f32, whatever the file's dtype).
 
@@ -162,7 +104,7 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
     Source: peft 0.21 (LoraConfig, and `check_target_module_exists` for what matches).
     """
     directory = Path(directory)
-    c = read_config(directory)
+    c = peft_config.read(directory)
     if not os.path.lexists(directory / WEIGHTS):
         pickled = (directory / "adapter_model.bin").exists()
         raise UserError(f"{directory} holds no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which can run code and is never opened: convert it to safetensors where you trust it" if pickled else ""))
@@ -172,12 +114,12 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
     if whole - CLASSIFIERS or (whole and not reward) or (reward and "score" not in whole):
         want = "'score' (and perhaps 'classifier')" if reward else "nothing"
         raise UserError(f"{directory / CONFIG}: modules_to_save {sorted(whole)}: this model's adapter saves {want} as a whole")
-    chosen = [m for m in known.values() if _matches(c.get("target_modules"), m.name) and not _matches(c.get("exclude_modules"), m.name)]
+    given = peft_config.adapted(c, directory / CONFIG, known)
+    chosen = [known[name] for name in given]
     if not chosen:
         raise UserError(f"{directory / CONFIG}: target_modules {c.get('target_modules')!r} names no module of this model; they are {_some(known)}")
     _refuse_kinds(directory / CONFIG, chosen, model, c.get("use_dora", False))
-    rank = {m.name: _by_pattern(c.get("rank_pattern") or {}, m.name, c["r"]) for m in chosen}
-    alpha = {m.name: _by_pattern(c.get("alpha_pattern") or {}, m.name, c["lora_alpha"]) for m in chosen}
+    rank, alpha = ({name: pair[i] for name, pair in given.items()} for i in (0, 1))
     maker = lora.Lora(((".", 1, 1.0),), rs=c.get("use_rslora", False), dora=c.get("use_dora", False))
     tensors, meta = weights.small(weights.inside(directory, WEIGHTS))
     want = {name: shape for m in chosen for name, shape in m.tensors(rank[m.name], maker.dora).values()}

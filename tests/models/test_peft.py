@@ -3,13 +3,14 @@
 import json
 import re
 import struct
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxalign import shard, tree
-from jaxalign.models import heads, hf, lora, peft
+from jaxalign.models import heads, hf, lora, peft, peft_config
 from jaxalign.ops import logprob
 from jaxalign.types import UserError
 from safetensors.numpy import load_file, save_file
@@ -46,7 +47,7 @@ TARGETS = {
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "rsdora": {"use_rslora": True, "use_dora": True}}
 
 
-def peft_config(family, **over):
+def lora_config(family, **over):
     modules, ranks, alphas = TARGETS[family][0]
     given = dict(r=4, lora_alpha=8, target_modules=modules, rank_pattern=ranks, alpha_pattern=alphas, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM")
     return theirs.LoraConfig(**{**given, **over})
@@ -92,7 +93,7 @@ def pair(tmp_path):
 def test_an_adapter_of_peft_gives_the_same_logits(family, kind, pair, tmp_path):
     base, model, params = pair(family, len(kind))
     before = torch_logits(base)
-    adapted = shaken(theirs.get_peft_model(base, peft_config(family, **KINDS[kind])))
+    adapted = shaken(theirs.get_peft_model(base, lora_config(family, **KINDS[kind])))
     adapted.eval().save_pretrained(tmp_path / "adapter")
     ours = peft.load(tmp_path / "adapter", model, params)
     want = torch_logits(adapted)
@@ -131,7 +132,7 @@ def jiggled(params, seed=0):
 def test_gradients_are_those_of_torch(family, kind, pair, tmp_path):
     """Of the mean cross entropy in a, b and magnitude, through every layer; DoRA's norm gets none on either side."""
     base, model, params = pair(family, 5)
-    adapted = shaken(theirs.get_peft_model(base, peft_config(family, **KINDS[kind])))
+    adapted = shaken(theirs.get_peft_model(base, lora_config(family, **KINDS[kind])))
     adapted.save_pretrained(tmp_path / "adapter")
     ids = torch.tensor(TOKENS).long()
     adapted(ids, labels=ids).loss.backward()
@@ -187,7 +188,7 @@ def test_export_of_what_is_not_merged(pair, tmp_path):
 def test_layers_may_differ(pair, tmp_path):
     """A regex for one layer, another rank in one: zeros fill the stack, and get no gradient."""
     base, model, params = pair("llama", 7)
-    config = peft_config("llama", target_modules=r".*(layers\.0\..*q_proj|v_proj)", rank_pattern={r"layers\.1\..*v_proj": 2}, alpha_pattern={})
+    config = lora_config("llama", target_modules=r".*(layers\.0\..*q_proj|v_proj)", rank_pattern={r"layers\.1\..*v_proj": 2}, alpha_pattern={})
     adapted = shaken(theirs.get_peft_model(base, config)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     ours = peft.load(tmp_path / "adapter", model, params)
@@ -203,7 +204,7 @@ def test_reward_model_with_its_score(family, tmp_path):
     base = checkpoint(family, 4, reward=True)
     base.save_pretrained(tmp_path / "base")
     model, params = hf.load(tmp_path / "base")
-    adapted = shaken(theirs.get_peft_model(base, peft_config(family, task_type="SEQ_CLS"))).eval()
+    adapted = shaken(theirs.get_peft_model(base, lora_config(family, task_type="SEQ_CLS"))).eval()
     with torch.no_grad():
         next(p for n, p in adapted.named_parameters() if "score.modules_to_save" in n).add_(0.5)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -270,6 +271,9 @@ def written(pair, tmp_path):
         ("use_dora", "yes"),
         ("target_modules", [1]),
         ("target_modules", "("),
+        ("target_modules", "(" * 500 + ")" * 500),
+        ("exclude_modules", "a{99999999999}"),
+        ("rank_pattern", {"(?i)q_proj": 3}),  # a flag in the middle of peft's own expression
         ("target_modules", "x" * 1001),
         ("target_modules", ["nothing"]),
         ("target_modules", None),
@@ -278,8 +282,50 @@ def written(pair, tmp_path):
 def test_what_would_be_another_function_is_refused_by_name(written, field, value):
     model, params, directory, change = written
     change(**{field: value})
-    with pytest.raises(UserError, match="regular expression" if value in ("(", "x" * 1001) else field):
+    with pytest.raises(UserError, match=field):
         peft.load(directory, model, params)
+
+
+CATASTROPHE = "(([a-z_.0-9])+)+!"  # two ways to cut each character: 2^n of them for a name of n
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_never_end_is_refused(written, field, monkeypatch):
+    model, params, directory, change = written
+    monkeypatch.setattr(peft_config, "SECONDS", 0.5)
+    change(**{field: CATASTROPHE if "modules" in field else {CATASTROPHE: 4}})
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=f"{field}: matching .* takes more than 0.5 seconds.*; write a list of module names"):
+        peft.load(directory, model, params)
+    assert time.monotonic() - begin < 20
+
+
+NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(30) for p in "qkvo"] + [f"model.layers.{i}.mlp.down_proj" for i in range(30)] + ["lm_head", "model.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q_proj|v_proj)",
+        r".*layers\.(1[0-9]|2[0-3])\..*_proj",
+        r"model\.layers\.\d+\.self_attn\.(q|k)_proj",
+        "q_proj",
+        # What unsloth writes.
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|down_proj)))",
+    ],
+)
+def test_names_are_matched_as_peft_matches_them(pattern):
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    keys = {pattern: 3, "down_proj": 5}
+    given = dict(r=4, lora_alpha=8, rank_pattern=keys, alpha_pattern=keys)
+    for targets, excluded in ((pattern, None), ([pattern], None), (["q_proj", "down_proj"], pattern), ("nothing", None)):
+        got = peft_config.adapted({**given, "target_modules": targets, "exclude_modules": excluded}, "x", NAMES)
+        hits = [n for n in NAMES if check_target_module_exists(theirs.LoraConfig(target_modules=targets, exclude_modules=excluded), n)]
+        assert list(got) == hits
+        pick = lambda n, default: keys.get(get_pattern_key(list(keys), n), default)
+        assert got == {n: (pick(n, 4), pick(n, 8)) for n in hits}
 
 
 def test_everything_wrong_is_listed_at_once(written):
