@@ -35,6 +35,11 @@ def checkpoint(family: str, seed: int, reward: bool = False, **over):
             num_key_value_heads=heads // 2, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=False, **over,
         )  # fmt: skip
         return (transformers.LlamaForSequenceClassification if reward else transformers.LlamaForCausalLM)(c).eval()
+    if family == "bert":
+        c = transformers.BertConfig(
+            **common, hidden_size=heads * width, intermediate_size=int(r.integers(9, 30)), num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=64, initializer_range=0.3,
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(c).eval()
     c = transformers.GPT2Config(**common, n_embd=heads * width, n_layer=int(r.integers(2, 4)), n_head=heads, n_positions=64, initializer_range=0.3)
     return (transformers.GPT2ForSequenceClassification if reward else transformers.GPT2LMHeadModel)(c).eval()
 
@@ -43,6 +48,7 @@ def checkpoint(family: str, seed: int, reward: bool = False, **over):
 TARGETS = {
     "llama": ((["q_proj", "v_proj", "down_proj"], {"down_proj": 2}, {"v_proj": 7}), (("/q$", 4, 8), ("/v$", 4, 7), ("/down$", 2, 8))),
     "gpt2": ((["c_attn", "mlp.c_proj"], {"mlp.c_proj": 2}, {"c_attn": 7}), (("/qkv/w$", 4, 7), ("/down/w$", 2, 8))),
+    "bert": ((["query", "attention.output.dense"], {"attention.output.dense": 2}, {"query": 7}), (("/q/w$", 4, 7), ("/o/w$", 2, 8))),
 }
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "rsdora": {"use_rslora": True, "use_dora": True}}
 
@@ -170,6 +176,24 @@ def test_embedding_and_unembedding(pair, tmp_path):
     np.testing.assert_allclose(logits(model, back), logits(model, ours), atol=1e-6)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_copies_of_the_base_in_an_adapter_of_peft(targets, pair, tmp_path):
+    """peft adds the base's own weight where it adapts an embedding: read over where it is ours, refused where it is not."""
+    base, model, params = pair("llama", 4)
+    adapted = shaken(theirs.get_peft_model(base, lora_config("llama", target_modules=targets, rank_pattern={}, alpha_pattern={}))).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    copies = [n for n in tensors if n.endswith("base_layer.weight")]
+    assert len(copies) == len(set(targets) - {"q_proj"})
+    np.testing.assert_allclose(logits(model, peft.load(tmp_path / "adapter", model, params)), torch_logits(adapted), atol=1e-4)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # the same base, held in half the bits
+    peft.load(tmp_path / "adapter", model, rounded)
+    for name in copies:
+        save_file({**tensors, name: tensors[name] + 1}, tmp_path / "adapter" / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=f"{re.escape(name)}: not the base's own weight"):
+            peft.load(tmp_path / "adapter", model, params)
+
+
 def test_export_of_what_is_not_merged(pair, tmp_path):
     """The remedy by name, not a list of leaves; and what merging does to each leaf."""
     _, model, params = pair("llama", 3)
@@ -199,24 +223,37 @@ def test_layers_may_differ(pair, tmp_path):
     np.testing.assert_allclose(logits(model, peft.load(tmp_path / "again", model, params)), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_reward_model_with_its_score(family, tmp_path):
+@pytest.mark.parametrize("family, whole", [("llama", ()), ("gpt2", ()), ("bert", ()), ("bert", ("pooler",))])
+def test_reward_model_with_its_score(family, whole, tmp_path):
+    """peft always saves the classifier whole, BERT's pooler where it is told to, as we do."""
     base = checkpoint(family, 4, reward=True)
     base.save_pretrained(tmp_path / "base")
     model, params = hf.load(tmp_path / "base")
-    adapted = shaken(theirs.get_peft_model(base, lora_config(family, task_type="SEQ_CLS"))).eval()
+    adapted = shaken(theirs.get_peft_model(base, lora_config(family, task_type="SEQ_CLS", modules_to_save=list(whole) or None))).eval()
     with torch.no_grad():
-        next(p for n, p in adapted.named_parameters() if "score.modules_to_save" in n).add_(0.5)
+        trained = [p for n, p in adapted.named_parameters() if ".modules_to_save." in n]
+        assert len(trained) == (1 if family != "bert" else 4 if whole else 2)  # weights and biases
+        for p in trained:
+            p.add_(0.5 * torch.randn_like(p))
     adapted.save_pretrained(tmp_path / "adapter")
     trunk, head = peft.load(tmp_path / "adapter", model, params["trunk"], head=params["head"])
     score = lambda t, h: np.asarray(heads.Scalar(model).reward({"trunk": t, "head": h}, TOKENS, ONES, POSITIONS))
     want = torch_logits(adapted)[:, 0]
     assert np.abs(score(params["trunk"], params["head"]) - want).max() > 0.1
     np.testing.assert_allclose(score(trunk, head), want, atol=1e-4)
-    peft.save(tmp_path / "ours", model, trunk, head={**head, "bias": jnp.float32(0.25)})
+    peft.save(tmp_path / "ours", model, trunk, head={**head, "bias": head["bias"] + 0.25})
     fresh = type(base).from_pretrained(tmp_path / "base").eval()
+    want = want + 0.25 * (family == "bert")  # the others' score has no bias in transformers, where the file's metadata keeps it
     np.testing.assert_allclose(torch_logits(theirs.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval())[:, 0], want, atol=1e-4)
-    assert peft.load(tmp_path / "ours", model, params["trunk"], head=params["head"])[1]["bias"] == 0.25  # which transformers has no room for
+    again = peft.load(tmp_path / "ours", model, params["trunk"], head=params["head"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, (trunk, {**head, "bias": head["bias"] + 0.25}))
+
+
+def test_a_module_that_trains_whole_is_no_target(tmp_path):
+    checkpoint("bert", 1).save_pretrained(tmp_path / "base")
+    model, params = hf.load(tmp_path / "base")
+    with pytest.raises(UserError, match="pooler/w trains whole in a classifier"):
+        peft.begin(model, params["trunk"], params["head"], lora.Lora((("pooler/w|/q/w$", 2, 2),)), jax.random.key(0))
 
 
 def test_onto_a_mesh(pair, tmp_path):
