@@ -140,8 +140,11 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
     tensors, meta = weights.small(weights.inside(directory, WEIGHTS))
     want = {name: shape for m in chosen for name, shape in m.tensors(rank[m.name], maker.dora).values()}
     kept = _kept(model, saved) if reward else {}
-    shapes = {f"trunk/{k}": x.shape for k, x in lora.weights(params).items() if hasattr(x, "shape")} | {"head/weight": (1, model.config.dim), "head/bias": (1,)}
-    want |= {name: shapes[k][::-1] if turned else shapes[k] for k, (name, turned) in kept.items()}
+    D = model.config.dim
+    specs = {f"trunk/{k}": x for k, x in tree.flat(model.scored().specs(), is_leaf=is_spec).items()} | {"head/weight": Spec((D,), (None,)), "head/bias": Spec((), ())}
+    for k, (name, turned) in kept.items():
+        shape = (1,) * k.startswith("head/") + specs[k].shape  # one label
+        want[name] = shape[::-1] if turned else shape
     _drop_copies(directory, tensors, chosen, params)
     _check(directory, tensors, want)
     nodes = {}
@@ -164,7 +167,6 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
     out = lora.join(params, nodes)
     if not reward:
         return out
-    specs = {f"trunk/{k}": x for k, x in tree.flat(model.specs(), is_leaf=is_spec).items()} | {"head/weight": Spec((model.config.dim,), (None,)), "head/bias": Spec((), ())}
     read = {k: tensors[name].astype(np.float32) for k, (name, _) in kept.items()}
     read = {k: (x.T if kept[k][1] else x).reshape(specs[k].shape) for k, x in read.items()}
     if "head/bias" not in read:
