@@ -111,7 +111,7 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
     """`params` of `model` with the adapters of a PEFT directory attached (f32, whatever the file's dtype).
 
     head: the scalar head {"weight", "bias"} of a reward model whose trunk `params` are; then (params, head) is returned, the head
-    from the directory. With a mesh, adapters go straight to their shards. Raises UserError, before reading any tensor, with
+    and, where it was saved, BERT's pooler from the directory. With a mesh, adapters go straight to their shards. Raises UserError, before reading any tensor, with
     everything missing, unexpected or misshaped; for config fields that we do not implement; for a pickle in its place.
     Source: peft 0.21 (LoraConfig, and `check_target_module_exists` for what matches).
     """
