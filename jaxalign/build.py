@@ -222,7 +222,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     if o.freeze or adapts(c):
         trained = optim.trainable(o, params)
         if adapts(c):
-            trained = jax.tree.map(lambda a, b: a and b, trained, lora.trainable(params, HEADS))
+            trained = jax.tree.map(lambda a, b: a and b, trained, lora.trainable(params, (*HEADS, *(f"^trunk/{k}/" for k in peft.whole(w.model)))))
         params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)

@@ -49,6 +49,18 @@ KINDS = {
     "prompts": {"max_prompt_len": config_dict.placeholder(int)},
 }
 
+# Of every stage: low-rank matrices beside frozen weights.
+ADAPTER = {
+    "rank": 0,  # 0: none, every weight is trained
+    "alpha": 16.0,
+    "targets": "",  # regex over parameter names; "": every matrix of the layers
+    "patterns": (),  # more targets: (regex, rank, alpha) each
+    "rslora": False,
+    "dora": False,
+    "quantise": "",  # of the frozen matrices of the layers: bfloat16, int8 or nf4
+    "path": "",  # a PEFT directory, or a stage that wrote one, to start from (with rank 0: it knows its own)
+}
+
 
 def _field(default: Any, annotation: Any) -> Any:
     """A ConfigDict value: None becomes a typed placeholder, so that the command line may set it."""
@@ -134,16 +146,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         },
         "train": {**fields(run.Loop), "steps": 100},
         "optim": fields(optim.Optim),
-        "adapter": {
-            "rank": 0,  # 0: none, every weight is trained
-            "alpha": 16.0,
-            "targets": "",  # regex over parameter names; "": every matrix of the layers
-            "patterns": (),  # more targets: (regex, rank, alpha) each
-            "rslora": False,
-            "dora": False,
-            "quantise": "",  # of the frozen matrices of the layers: bfloat16, int8 or nf4
-            "path": "",  # a PEFT directory, or a stage that wrote one, to start from (with rank 0: it knows its own)
-        },
+        "adapter": dict(ADAPTER),
     }
     if objective in REWARDS:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
@@ -189,6 +192,10 @@ def adapter(c: ConfigDict) -> lora.Lora | None:
         raise UserError(f"adapter.quantise {a.quantise} freezes the weights, and nothing would train; set adapter.rank")
     if a.path and (a.rank or a.patterns):
         raise UserError("adapter.path and adapter.rank: the directory says the ranks; set adapter.rank to 0, or leave path empty")
+    unread = () if a.rank else ("alpha", "targets") if a.patterns else ("alpha", "targets", "dora") if a.path else ("alpha", "targets", "rslora", "dora")
+    if given := [f"adapter.{k} {a[k]!r}" for k in unread if a[k] != ADAPTER[k]]:
+        why = "adapter.path brings its own" if a.path else "each of adapter.patterns has its own" if a.patterns else "every weight would be trained, without adapters"
+        raise UserError(f"{', '.join(given)} with adapter.rank 0: {why}; set adapter.rank, or leave {'it' if len(given) == 1 else 'them'} out")
     first = ((a.targets or lora.MATRICES, a.rank, a.alpha),) if a.rank else ()
     return lora.Lora((*first, *plain(a.patterns)), rs=a.rslora, dora=a.dora) if first or a.patterns else None
 

@@ -74,6 +74,26 @@ def test_a_stage(kind, quantise, data, tmp_path):
     assert np.isfinite(losses).all() and len(set(losses)) > 1
 
 
+def test_a_reward_model_on_bert(data, tmp_path):
+    """Its pooler is drawn anew, so it trains whole beside the adapters, and is in the adapter's directory."""
+    c = config("reward", data, **{"adapter.targets": "/(q|v)/w$"})
+    c.model = build.base("bert", family="bert", vocab=300, dim=16, layers=1, heads=2, hidden=32, max_len=64).model
+    s = made(c, tmp_path)
+    pooler = {"trunk/pooler/w", "trunk/pooler/b"}
+    assert {k for k in tree.flat(s.params) if "/layers/" not in k} == {"head/weight", "head/bias"} | pooler
+    start = jax.tree.map(lambda x: jax.numpy.array(np.asarray(x)), lora.base(tree.merge(s.params, s.base)))
+    params = s.go()
+    s.save(params)
+    end = saved(tmp_path)
+    assert all(np.abs(tree.flat(end)[k] - tree.flat(start)[k]).max() > 1e-4 for k in pooler)
+    trunk, head = peft.load(tmp_path / "adapter", s.world.model, start["trunk"], head=start["head"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), {"trunk": lora.merge(trunk), "head": head}, end)
+    c.stage.adapter.update({"rank": 0, "targets": "", "path": str(tmp_path)})
+    on = made(c, tmp_path / "on")
+    on = tree.merge(on.params, on.base)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), on["trunk"]["pooler"], end["trunk"]["pooler"])
+
+
 @pytest.mark.parametrize("kind", ["dpo", "ppo"])
 def test_the_reference_costs_nothing(kind, data, tmp_path):
     """It is the frozen tree: the same buffers. With a reference of its own by name, a second model is held."""
@@ -169,6 +189,12 @@ def test_evaluation_reads_the_merged_weights(data, tmp_path):
         ({"adapter.rank": 0, "adapter.quantise": "nf4"}, "nothing would train; set adapter.rank"),
         ({"adapter.quantise": "int3"}, "'int3' is unknown"),
         ({"adapter.path": "x"}, "set adapter.rank to 0"),
+        # What nothing would read is refused: without adapters every weight would train, and not a word be said of it.
+        ({"adapter.rank": 0, "adapter.dora": True}, "adapter.dora True with adapter.rank 0: every weight would be trained"),
+        ({"adapter.rank": 0, "adapter.targets": "/q$", "adapter.rslora": True, "adapter.alpha": 8.0}, "alpha 8.0, adapter.targets '/q.', adapter.rslora True"),
+        ({"adapter.rank": 0, "adapter.path": "x", "adapter.dora": True}, "adapter.dora True .* adapter.path brings its own"),
+        ({"adapter.rank": 0, "adapter.path": "x", "adapter.targets": "/q$"}, "adapter.targets .* adapter.path brings its own"),
+        ({"adapter.rank": 0, "adapter.patterns": (("/q$", 2, 4.0),), "adapter.targets": "/v$"}, "adapter.targets .* each of adapter.patterns has its own"),
         ({"adapter.rank": -1}, "rank -1"),
         ({"adapter.alpha": 0.0}, "alpha 0"),
         ({"adapter.targets": "quack"}, "'quack' matches no parameter"),

@@ -58,7 +58,7 @@ class FamilyModel:
 class Architecture:
     """How transformers spells a family: the class names, the fields of config.json, the names of the tensors.
 
-    A family module has HF = {model_type: Architecture}. Everything here is read by `models.hf` alone.
+    A family module has HF = {model_type: Architecture}. `models.hf` reads all of it, `models.peft` only how the classifier's head is called.
     """
 
     causal: str  # the class with an unembedding

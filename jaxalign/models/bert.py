@@ -54,6 +54,7 @@ def model(**config) -> FamilyModel:
     return FamilyModel(sys.modules[__name__], Config(**config))
 
 
+whole = {"pooler": "pooler"}  # ours -> HF's: trained and saved whole beside a classifier's adapters, since no masked-LM base has it
 causal = False  # what `hidden` says at t has read the tokens after t: nothing that generates may use it
 
 

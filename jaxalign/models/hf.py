@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jaxalign import shard, tree
 from jaxalign.models import Architecture, FamilyModel, bert, decoder, gpt2, neox, t5, weights
 from jaxalign.models.weights import DTYPES, Part, listing
-from jaxalign.ops.nn import Spec, is_spec
+from jaxalign.ops.nn import Spec, is_spec, is_weight
 from jaxalign.types import Tree, UserError
 
 FAMILIES = (decoder, gpt2, neox, t5, bert)
@@ -265,6 +265,8 @@ def save(directory, model: FamilyModel, params: Tree, *, tokenizer=None, dtype: 
     """
     model, reward = getattr(model, "trunk", model), set(params) == {"trunk", "head"}  # of heads.Scalar
     arch = architecture(model)
+    if held := [p for p, w in tree.flat(params, is_leaf=is_weight).items() if isinstance(w, dict)]:
+        raise UserError(f"{listing(held, 5)}: adapted or quantised, which {arch.causal} has no tensors for; merge first (lora.merge), or write the adapters alone (peft.save)")
     model = model.scored() if reward else model
     cfg = model.config
     if reward and arch.classifier is None:

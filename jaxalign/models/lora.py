@@ -87,7 +87,7 @@ def _uniform(bound: float) -> nn.Init:
     return lambda key, shape, dtype: jax.random.uniform(key, (math.prod(shape),), jnp.float32, -bound, bound).reshape(shape).astype(dtype)
 
 
-def _adapter_specs(s: Spec, rank: int, scale: float, dora: bool) -> dict[str, Spec]:
+def adapter_specs(s: Spec, rank: int, scale: float, dora: bool) -> dict[str, Spec]:
     """Specs of what an adapter adds to a weight. a's D lies where the weight's lies, and b's O; the rank is never sharded."""
     *lead, D, O = s.shape
     *axes, i, o = s.axes
@@ -119,7 +119,7 @@ def specs(dense: Tree, lora: Lora | None = None, quantised: tuple[tuple[str, str
 
     def leaf(name, s):
         base = _quantised_specs(s, kinds[name]) if name in kinds else s
-        return {"base": base, **_adapter_specs(s, *ranks[name], lora.dora)} if name in ranks else base
+        return {"base": base, **adapter_specs(s, *ranks[name], lora.dora)} if name in ranks else base
 
     return tree.map_named(leaf, dense, is_leaf=nn.is_spec)
 
@@ -174,7 +174,7 @@ def attach(params: Tree, lora: Lora, key: jax.Array, *, specs: Tree | None = Non
     ranks = _chosen(params, tuple((p, (r, lora.scale(r, a))) for p, r, a in lora.targets))
     flat = weights(params)
     given = tree.flat(specs, is_leaf=nn.is_spec) if specs is not None else {k: Spec(shape(flat[k]), (None,) * len(shape(flat[k]))) for k in ranks}
-    new = {k: _adapter_specs(given[k], *ranks[k], lora.dora) for k in ranks}
+    new = {k: adapter_specs(given[k], *ranks[k], lora.dora) for k in ranks}
     drawn = shard.init(new, key, mesh, rules) if mesh is not None else jax.jit(lambda k: nn.init(new, k))(key)
     return join(params, {k: _with_magnitude(flat[k], node) for k, node in drawn.items()})
 
@@ -217,7 +217,8 @@ def adapters(params: Tree) -> dict[str, dict]:
 
 
 def merge(params: Tree) -> Tree:
-    """A dense tree with the adapters' effect in its weights, f32 where they or a quantised base were; the rest is the same buffer.
+    """A dense tree with the adapters' effect in its weights: what was adapted, quantised or bfloat16 comes out in f32, every
+    other leaf is the same buffer. (Whether a bfloat16 leaf was quantised to it or loaded so, the tree does not say.)
 
     It computes what the adapted tree computes, up to rounding: later stages, exports and samplers need not know.
     """

@@ -23,21 +23,13 @@ import jax
 import numpy as np
 
 from jaxalign import shard, tree
-from jaxalign.models import FamilyModel, hf, lora, weights
+from jaxalign.models import FamilyModel, hf, lora, peft_config, weights
 from jaxalign.ops.nn import Spec, is_adapted, is_spec
 from jaxalign.types import Tree, UserError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = peft_config.CONFIG, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Fields that change neither the function nor which tensors there are: bookkeeping, training, how a fresh adapter is drawn.
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type", "task_type", "lora_dropout",
-    "megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "fan_in_fan_out", "layers_pattern",
-}  # fmt: skip
-READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "exclude_modules", "modules_to_save", "bias", "init_lora_weights"}
-# These draw a and b and leave the base alone; the others (pissa, olora, corda, loftq, lora_ga) take something out of it.
-PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 EMBEDDINGS = ("embed", "positions")  # looked up, not multiplied: our last name component
 CLASSIFIERS = {"classifier", "score"}  # what PEFT trains whole beside the adapters of a classifier
 
@@ -70,6 +62,17 @@ class _Module:
         return value if part == "magnitude" or self.kind == "unembedding" else value.T
 
 
+def whole(model) -> dict[str, str]:
+    """{our part of the trunk: HF's module} that a classifier trains and saves whole beside its head."""
+    return getattr(model.family, "whole", {})
+
+
+def _kept(model, saved: set[str]) -> dict[str, tuple[str, bool]]:
+    """{leaf of {"trunk", "head"}: (tensor, whether it lies the other way round there)} of the modules that are saved whole."""
+    parts = {"head", *(f"trunk/{k}" for k, v in whole(model).items() if v in saved)}
+    return {k: (f"{PREFIX}{e[0][0]}", e[0][2]) for k, e in hf.names(model, True).items() if k.rsplit("/", 1)[0] in parts}
+
+
 def modules(model, reward: bool = False) -> dict[str, _Module]:
     """{HF module name: where its weight lies in our params} of every matrix that comes from one whole module."""
     specs = {f"trunk/{k}" if reward else k: s for k, s in tree.flat(model.specs(), is_leaf=is_spec).items()}
@@ -93,8 +96,9 @@ def begin(model, params: Tree, head: Tree | None, how: lora.Lora | None, key, *,
         params = lora.quantise(params, ((lora.MATRICES, quantised),), specs=specs, mesh=mesh, shard_rules=rules)
     if path is not None:
         got = load(path, model, params, head=head, mesh=mesh, rules=rules)
-        return got if head is not None else (got, None)
-    params = lora.attach(params, how, key, specs=specs, mesh=mesh, rules=rules)
+        params, head = got if head is not None else (got, None)
+    else:
+        params = lora.attach(params, how, key, specs=specs, mesh=mesh, rules=rules)
     if hasattr(model.family, "HF"):  # now, not after training
         check(model, params, head is not None)
     return params, head
@@ -103,87 +107,45 @@ def begin(model, params: Tree, head: Tree | None, how: lora.Lora | None, key, *,
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-def _matches(pattern, name: str) -> bool:
-    """As peft: a string is a regex over the whole name; a list holds names or their last components."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in pattern or ())
-
-
-def _by_pattern(patterns: dict, name: str, default):
-    """As peft's rank_pattern and alpha_pattern: the first key that matches the end of the name, as a regex."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
-
-
-def read_config(directory) -> dict:
-    """adapter_config.json, checked. Raises UserError for anything that would make it another function than the one we load."""
-    path = Path(directory) / CONFIG
-    c = weights.read_json(Path(directory), CONFIG)
-    if c.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {c.get('peft_type')!r} is not supported; jaxalign reads LORA (with rsLoRA and DoRA)")
-    if left := sorted(k for k, v in c.items() if k not in HARMLESS | READ and v not in (None, False, "", [], {})):
-        raise UserError(f"{path}: {', '.join(f'{k} = {c[k]!r}' for k in left)}: not supported, and ignoring it would load another function")
-    if c.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias {c['bias']!r} is not supported; only 'none' is, which leaves biases as they are")
-    if c.get("init_lora_weights", True) not in PLAIN_INIT:
-        raise UserError(f"{path}: init_lora_weights {c['init_lora_weights']!r} changes the base weights; convert it with peft's path_initial_model_for_weight_conversion")
-    number = lambda v: type(v) in (int, float) and math.isfinite(v) and v > 0
-    ranks, alphas = c.get("rank_pattern") or {}, c.get("alpha_pattern") or {}
-    for field, values, good in (
-        ("r", [c.get("r")], lambda v: type(v) is int and v > 0),
-        ("lora_alpha", [c.get("lora_alpha")], number),
-        ("rank_pattern", ranks.values() if isinstance(ranks, dict) else [None], lambda v: type(v) is int and v > 0),
-        ("alpha_pattern", alphas.values() if isinstance(alphas, dict) else [None], number),
-        ("use_rslora", [c.get("use_rslora", False)], lambda v: type(v) is bool),
-        ("use_dora", [c.get("use_dora", False)], lambda v: type(v) is bool),
-    ):
-        if not all(map(good, values)):
-            raise UserError(f"{path}: {field} {c.get(field)!r} is not what it should be (ranks are whole numbers above 0, alphas numbers above 0)")
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
-        v = c.get(field)
-        if not (v is None or isinstance(v, str) or isinstance(v, list) and all(isinstance(x, str) for x in v)):
-            raise UserError(f"{path}: {field} {v!r} is neither a regex nor a list of names")
-    for pattern in [*ranks, *alphas, *(c[f] for f in ("target_modules", "exclude_modules") if isinstance(c.get(f), str))]:
-        try:
-            if len(pattern) > 1000:
-                raise re.error("it is longer than 1000 characters")
-            re.compile(pattern)
-        except re.error as e:
-            raise UserError(f"{path}: {pattern[:100]!r} is not a regular expression: {e}") from None
-    return c
-
-
 def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None, rules: dict | None = None) -> Tree:
     """`params` of `model` with the adapters of a PEFT directory attached (f32, whatever the file's dtype).
 
     head: the scalar head {"weight", "bias"} of a reward model whose trunk `params` are; then (params, head) is returned, the head
-    from the directory. With a mesh, adapters go straight to their shards. Raises UserError, before reading any tensor, with
+    and, where it was saved, BERT's pooler from the directory. With a mesh, adapters go straight to their shards. Raises UserError, before reading any tensor, with
     everything missing, unexpected or misshaped; for config fields that we do not implement; for a pickle in its place.
     Source: peft 0.21 (LoraConfig, and `check_target_module_exists` for what matches).
     """
     directory = Path(directory)
-    c = read_config(directory)
+    c = peft_config.read(directory)
     if not os.path.lexists(directory / WEIGHTS):
         pickled = (directory / "adapter_model.bin").exists()
         raise UserError(f"{directory} holds no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which can run code and is never opened: convert it to safetensors where you trust it" if pickled else ""))
     reward = head is not None
     known = modules(model, reward)
-    whole = set([c["modules_to_save"]] if isinstance(c.get("modules_to_save"), str) else c.get("modules_to_save") or ())
-    if whole - CLASSIFIERS or (whole and not reward) or (reward and "score" not in whole):
-        want = "'score' (and perhaps 'classifier')" if reward else "nothing"
-        raise UserError(f"{directory / CONFIG}: modules_to_save {sorted(whole)}: this model's adapter saves {want} as a whole")
-    chosen = [m for m in known.values() if _matches(c.get("target_modules"), m.name) and not _matches(c.get("exclude_modules"), m.name)]
+    saved = set([c["modules_to_save"]] if isinstance(c.get("modules_to_save"), str) else c.get("modules_to_save") or ())
+    top = hf.architecture(model).score["head/weight"].removesuffix(".weight")
+    perhaps = (CLASSIFIERS | set(whole(model).values())) - {top}
+    if (saved - perhaps != {top}) if reward else saved:
+        want = f"{top!r} (and perhaps {', '.join(map(repr, sorted(perhaps)))})" if reward else "nothing"
+        raise UserError(f"{directory / CONFIG}: modules_to_save {sorted(saved)}: this model's adapter saves {want} as a whole")
+    # As peft: what is saved whole is no target.
+    known = {k: m for k, m in known.items() if not saved & set(k.split("."))}
+    given = peft_config.adapted(c, directory / CONFIG, known)
+    chosen = [known[name] for name in given]
     if not chosen:
         raise UserError(f"{directory / CONFIG}: target_modules {c.get('target_modules')!r} names no module of this model; they are {_some(known)}")
     _refuse_kinds(directory / CONFIG, chosen, model, c.get("use_dora", False))
-    rank = {m.name: _by_pattern(c.get("rank_pattern") or {}, m.name, c["r"]) for m in chosen}
-    alpha = {m.name: _by_pattern(c.get("alpha_pattern") or {}, m.name, c["lora_alpha"]) for m in chosen}
+    rank, alpha = ({name: pair[i] for name, pair in given.items()} for i in (0, 1))
     maker = lora.Lora(((".", 1, 1.0),), rs=c.get("use_rslora", False), dora=c.get("use_dora", False))
     tensors, meta = weights.small(weights.inside(directory, WEIGHTS))
     want = {name: shape for m in chosen for name, shape in m.tensors(rank[m.name], maker.dora).values()}
-    score = f"{PREFIX}score.weight"
-    if reward:
-        want[score] = (1, model.config.dim)
+    kept = _kept(model, saved) if reward else {}
+    D = model.config.dim
+    specs = {f"trunk/{k}": x for k, x in tree.flat(model.scored().specs(), is_leaf=is_spec).items()} | {"head/weight": Spec((D,), (None,)), "head/bias": Spec((), ())}
+    for k, (name, turned) in kept.items():
+        shape = (1,) * k.startswith("head/") + specs[k].shape  # one label
+        want[name] = shape[::-1] if turned else shape
+    _drop_copies(directory, tensors, chosen, params)
     _check(directory, tensors, want)
     nodes = {}
     for leaf, group in _grouped(chosen).items():
@@ -200,14 +162,33 @@ def load(directory, model, params: Tree, *, head: Tree | None = None, mesh=None,
                 value = m.turned(part, tensors[name].astype(np.float32))
                 room = {"a": (slice(None), slice(r)), "b": (slice(r),), "magnitude": ()}[part]
                 host[part][(*m.index, *room)] = value
-        made = lora._adapter_specs(group[0].spec, R, 1.0, maker.dora)
+        made = lora.adapter_specs(group[0].spec, R, 1.0, maker.dora)
         nodes[leaf] = {k: hf.place(v, made[k], mesh, rules) for k, v in host.items()}
-    if reward:
-        weight = hf.place(tensors[score].astype(np.float32)[0], Spec((model.config.dim,), (None,)), mesh, rules)
-        bias = _bias(directory, meta.get("jaxalign_score_bias", "0"))
-        head = {"weight": weight, "bias": hf.place(np.asarray(bias, np.float32), Spec((), ()), mesh, rules)}
     out = lora.join(params, nodes)
-    return (out, head) if reward else out
+    if not reward:
+        return out
+    read = {k: tensors[name].astype(np.float32) for k, (name, _) in kept.items()}
+    read = {k: (x.T if kept[k][1] else x).reshape(specs[k].shape) for k, x in read.items()}
+    if "head/bias" not in read:
+        read["head/bias"] = np.asarray(_bias(directory, meta.get("jaxalign_score_bias", "0")), np.float32)
+    got = tree.unflat({k: hf.place(x, specs[k], mesh, rules) for k, x in read.items()})
+    return {**out, **got.get("trunk", {})}, got["head"]
+
+
+def _drop_copies(directory: Path, tensors: dict, chosen: list[_Module], params: Tree) -> None:
+    """peft writes the base's own weight beside an adapted embedding or unembedding. Equal, it says nothing; otherwise the adapter
+    belongs to another base."""
+    flat, odd = lora.weights(lora.base(params)), []
+    for m in chosen:
+        name = f"{PREFIX}{m.name}.base_layer.weight"
+        if m.kind != "linear" and name in tensors:
+            x, ours = tensors.pop(name), flat[m.leaf]
+            ours = None if isinstance(ours, dict) else np.asarray(shard.to_host(ours))
+            kind = x.dtype if ours is None else min(x.dtype, ours.dtype, key=lambda d: d.itemsize)  # either may be the other, rounded
+            if ours is None or not np.array_equal(x.astype(kind), ours.astype(kind)):
+                odd.append(name)
+    if odd:
+        raise UserError(f"{directory / WEIGHTS}: {', '.join(odd)}: not the base's own weight, so the adapter was trained on another (or resized) model; load it onto that one")
 
 
 def _bias(directory: Path, text: str) -> float:
@@ -262,6 +243,8 @@ def check(model, params: Tree, reward: bool = False) -> tuple[dict[str, _Module]
         raise UserError("these params have no adapters to write; lora.attach makes them")
     known = modules(model, reward)
     chosen = [m for m in known.values() if m.leaf in adapters]
+    if reward and (both := sorted(k for k in adapters if k.split("/")[0] in whole(model))):
+        raise UserError(f"{', '.join(both)} trains whole in a classifier and is saved so; leave it out of the targets")
     if lost := sorted(set(adapters) - {m.leaf for m in chosen}):
         raise UserError(f"peft has no module of its own for {', '.join(lost)}; leave it out of the targets, or merge the adapters and export the whole model")
     dora = {"magnitude" in a for a in adapters.values()}
@@ -274,8 +257,9 @@ def check(model, params: Tree, reward: bool = False) -> tuple[dict[str, _Module]
 def save(directory, model, params: Tree, *, base: str | None = None, head: Tree | None = None, rs: bool = False) -> None:
     """Write the adapters of `params` for `peft.PeftModel.from_pretrained(base_model, directory)`.
 
-    base: base_model_name_or_path, what peft would load them onto. head: a reward model's; its weight is written as the module
-    "score" that is saved whole, and its bias, for which that has no room, into the file's metadata, where `load` finds it.
+    base: base_model_name_or_path, what peft would load them onto. head: a reward model's, written as the modules that peft saves
+    whole: transformers' classifier and, for BERT, the pooler. A bias that the classifier has no room for goes into the file's
+    metadata, where `load` finds it.
     rs: say alpha in rsLoRA's way (alpha / sqrt(rank)); the function is the same. In a multi-process run every process calls it.
     Raises UserError where there is nothing to write, or a form that peft does not have.
     """
@@ -299,8 +283,13 @@ def save(directory, model, params: Tree, *, base: str | None = None, head: Tree 
     r, most = common(rank), common(alpha)
     meta = {"format": "pt"}
     if reward:
-        tensors[f"{PREFIX}score.weight"] = np.asarray(shard.to_host(head["weight"]), np.float32)[None]
-        meta["jaxalign_score_bias"] = repr(float(shard.to_host(head["bias"])))
+        kept = _kept(model, set(whole(model).values()))
+        flat = tree.flat({"trunk": {k: params[k] for k in whole(model)}, "head": {k: v[None] for k, v in head.items()}})
+        for leaf, (name, turned) in kept.items():
+            x = np.asarray(shard.to_host(flat[leaf]), np.float32)
+            tensors[name] = x.T if turned else x
+        if "head/bias" not in kept:
+            meta["jaxalign_score_bias"] = repr(float(shard.to_host(head["bias"])))
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if reward else "SEQ_2_SEQ_LM" if model.start is not None else "CAUSAL_LM" if model.causal else None,
@@ -315,7 +304,7 @@ def save(directory, model, params: Tree, *, base: str | None = None, head: Tree 
         "use_dora": dora,
         "bias": "none",
         "fan_in_fan_out": any(not t for p, entries in hf.names(model).items() for _, _, t in entries if p in adapters and p.split("/")[-1] not in (*EMBEDDINGS, "unembed")),
-        "modules_to_save": sorted(CLASSIFIERS) if reward else None,
+        "modules_to_save": sorted(CLASSIFIERS | set(whole(model).values())) if reward else None,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
     }

@@ -267,16 +267,20 @@ def their_gradient(grads, name):
     return grads[name] if grads[name] is not None else torch.zeros(())  # BERT's second token type
 
 
-def targets(c) -> tuple[tuple[str, int, float], ...]:
-    """Every matrix of the layers that is a module of its own in transformers, with ranks and alphas that differ."""
-    leaves = sorted({m.leaf for m in peft.modules(c.model).values() if "layers/" in m.leaf and not re.search("experts/|router", m.leaf)})
+def targets(c, modules: bool) -> tuple[tuple[str, int, float], ...]:
+    """Every matrix of the layers, with ranks and alphas that differ. `modules`: only those that are modules of their own in
+    transformers 5, as PEFT needs them; it holds the experts of a layer as one fused parameter, and the router as a bare
+    parameter of a class of its own, although the files still name each."""
+    leaves = sorted(k for k, w in lora.weights(c.params).items() if "layers/" in k and w.ndim >= 3)
+    if modules:
+        leaves = sorted({m.leaf for m in peft.modules(c.model).values()} & set(leaves) - {k for k in leaves if re.search("experts/|router", k)})
     return tuple((f"^{leaf}$", 2 + i % 2, 3.0 + i) for i, leaf in enumerate(leaves))
 
 
-def adapted(c, dora=False):
+def adapted(c, dora=False, modules=False):
     """Params with adapters whose b is not 0."""
     noise = np.random.default_rng(c.seed)
-    tree_ = lora.attach(c.params, lora.Lora(targets(c), dora=dora), jax.random.key(c.seed))
+    tree_ = lora.attach(c.params, lora.Lora(targets(c, modules), dora=dora), jax.random.key(c.seed))
     ours = {f"{k}/b" for k, w in lora.weights(tree_).items() if nn.is_adapted(w)}
     return tree.map_named(lambda n, x: jnp.asarray(0.3 * noise.standard_normal(x.shape), x.dtype) if n in ours else x, tree_)
 
@@ -303,7 +307,7 @@ def test_adapters_compute_what_merged_weights_compute(case):
 @capability("PEFT")
 def test_peft_loads_our_adapter_and_we_load_it_back(case, tmp_path):
     library = pytest.importorskip("peft")
-    params = adapted(case)
+    params = adapted(case, modules=True)
     peft.save(tmp_path, case.model, params)
     theirs = library.PeftModel.from_pretrained(auto(case.arch).from_pretrained(case.directory, attn_implementation="eager", experts_implementation="eager"), tmp_path).eval()
     with torch.no_grad():

@@ -3,13 +3,14 @@
 import json
 import re
 import struct
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxalign import shard, tree
-from jaxalign.models import heads, hf, lora, peft
+from jaxalign.models import heads, hf, lora, peft, peft_config
 from jaxalign.ops import logprob
 from jaxalign.types import UserError
 from safetensors.numpy import load_file, save_file
@@ -34,6 +35,11 @@ def checkpoint(family: str, seed: int, reward: bool = False, **over):
             num_key_value_heads=heads // 2, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=False, **over,
         )  # fmt: skip
         return (transformers.LlamaForSequenceClassification if reward else transformers.LlamaForCausalLM)(c).eval()
+    if family == "bert":
+        c = transformers.BertConfig(
+            **common, hidden_size=heads * width, intermediate_size=int(r.integers(9, 30)), num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=64, initializer_range=0.3,
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(c).eval()
     c = transformers.GPT2Config(**common, n_embd=heads * width, n_layer=int(r.integers(2, 4)), n_head=heads, n_positions=64, initializer_range=0.3)
     return (transformers.GPT2ForSequenceClassification if reward else transformers.GPT2LMHeadModel)(c).eval()
 
@@ -42,11 +48,12 @@ def checkpoint(family: str, seed: int, reward: bool = False, **over):
 TARGETS = {
     "llama": ((["q_proj", "v_proj", "down_proj"], {"down_proj": 2}, {"v_proj": 7}), (("/q$", 4, 8), ("/v$", 4, 7), ("/down$", 2, 8))),
     "gpt2": ((["c_attn", "mlp.c_proj"], {"mlp.c_proj": 2}, {"c_attn": 7}), (("/qkv/w$", 4, 7), ("/down/w$", 2, 8))),
+    "bert": ((["query", "attention.output.dense"], {"attention.output.dense": 2}, {"query": 7}), (("/q/w$", 4, 7), ("/o/w$", 2, 8))),
 }
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "rsdora": {"use_rslora": True, "use_dora": True}}
 
 
-def peft_config(family, **over):
+def lora_config(family, **over):
     modules, ranks, alphas = TARGETS[family][0]
     given = dict(r=4, lora_alpha=8, target_modules=modules, rank_pattern=ranks, alpha_pattern=alphas, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM")
     return theirs.LoraConfig(**{**given, **over})
@@ -92,7 +99,7 @@ def pair(tmp_path):
 def test_an_adapter_of_peft_gives_the_same_logits(family, kind, pair, tmp_path):
     base, model, params = pair(family, len(kind))
     before = torch_logits(base)
-    adapted = shaken(theirs.get_peft_model(base, peft_config(family, **KINDS[kind])))
+    adapted = shaken(theirs.get_peft_model(base, lora_config(family, **KINDS[kind])))
     adapted.eval().save_pretrained(tmp_path / "adapter")
     ours = peft.load(tmp_path / "adapter", model, params)
     want = torch_logits(adapted)
@@ -131,7 +138,7 @@ def jiggled(params, seed=0):
 def test_gradients_are_those_of_torch(family, kind, pair, tmp_path):
     """Of the mean cross entropy in a, b and magnitude, through every layer; DoRA's norm gets none on either side."""
     base, model, params = pair(family, 5)
-    adapted = shaken(theirs.get_peft_model(base, peft_config(family, **KINDS[kind])))
+    adapted = shaken(theirs.get_peft_model(base, lora_config(family, **KINDS[kind])))
     adapted.save_pretrained(tmp_path / "adapter")
     ids = torch.tensor(TOKENS).long()
     adapted(ids, labels=ids).loss.backward()
@@ -169,10 +176,43 @@ def test_embedding_and_unembedding(pair, tmp_path):
     np.testing.assert_allclose(logits(model, back), logits(model, ours), atol=1e-6)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_copies_of_the_base_in_an_adapter_of_peft(targets, pair, tmp_path):
+    """peft adds the base's own weight where it adapts an embedding: read over where it is ours, refused where it is not."""
+    base, model, params = pair("llama", 4)
+    adapted = shaken(theirs.get_peft_model(base, lora_config("llama", target_modules=targets, rank_pattern={}, alpha_pattern={}))).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    copies = [n for n in tensors if n.endswith("base_layer.weight")]
+    assert len(copies) == len(set(targets) - {"q_proj"})
+    np.testing.assert_allclose(logits(model, peft.load(tmp_path / "adapter", model, params)), torch_logits(adapted), atol=1e-4)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # the same base, held in half the bits
+    peft.load(tmp_path / "adapter", model, rounded)
+    for name in copies:
+        save_file({**tensors, name: tensors[name] + 1}, tmp_path / "adapter" / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=f"{re.escape(name)}: not the base's own weight"):
+            peft.load(tmp_path / "adapter", model, params)
+
+
+def test_export_of_what_is_not_merged(pair, tmp_path):
+    """The remedy by name, not a list of leaves; and what merging does to each leaf."""
+    _, model, params = pair("llama", 3)
+    ours = lora.attach(lora.quantise(params, (("/k$", "int8"), ("/o$", "bfloat16"))), lora.Lora((("/q$", 2, 2),)), jax.random.key(0))
+    with pytest.raises(UserError, match=r"layers/k; layers/q: adapted or quantised.*merge first \(lora.merge\)"):
+        hf.save(tmp_path / "out", model, ours)
+    with pytest.raises(UserError, match="trunk/layers/k; trunk/layers/q: adapted"):
+        hf.save(tmp_path / "out", model, {"trunk": ours, "head": {"weight": jnp.zeros(model.config.dim), "bias": jnp.zeros(())}})
+    merged = lora.merge(ours)
+    assert {x.dtype.name for x in jax.tree.leaves(merged)} == {"float32"}
+    assert {k for k, x in tree.flat(merged).items() if x is not tree.flat(params)[k]} == {"layers/q", "layers/k", "layers/o"}
+    hf.save(tmp_path / "out", model, merged)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "out")[1], merged)
+
+
 def test_layers_may_differ(pair, tmp_path):
     """A regex for one layer, another rank in one: zeros fill the stack, and get no gradient."""
     base, model, params = pair("llama", 7)
-    config = peft_config("llama", target_modules=r".*(layers\.0\..*q_proj|v_proj)", rank_pattern={r"layers\.1\..*v_proj": 2}, alpha_pattern={})
+    config = lora_config("llama", target_modules=r".*(layers\.0\..*q_proj|v_proj)", rank_pattern={r"layers\.1\..*v_proj": 2}, alpha_pattern={})
     adapted = shaken(theirs.get_peft_model(base, config)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     ours = peft.load(tmp_path / "adapter", model, params)
@@ -183,24 +223,37 @@ def test_layers_may_differ(pair, tmp_path):
     np.testing.assert_allclose(logits(model, peft.load(tmp_path / "again", model, params)), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_reward_model_with_its_score(family, tmp_path):
+@pytest.mark.parametrize("family, whole", [("llama", ()), ("gpt2", ()), ("bert", ()), ("bert", ("pooler",))])
+def test_reward_model_with_its_score(family, whole, tmp_path):
+    """peft always saves the classifier whole, BERT's pooler where it is told to, as we do."""
     base = checkpoint(family, 4, reward=True)
     base.save_pretrained(tmp_path / "base")
     model, params = hf.load(tmp_path / "base")
-    adapted = shaken(theirs.get_peft_model(base, peft_config(family, task_type="SEQ_CLS"))).eval()
+    adapted = shaken(theirs.get_peft_model(base, lora_config(family, task_type="SEQ_CLS", modules_to_save=list(whole) or None))).eval()
     with torch.no_grad():
-        next(p for n, p in adapted.named_parameters() if "score.modules_to_save" in n).add_(0.5)
+        trained = [p for n, p in adapted.named_parameters() if ".modules_to_save." in n]
+        assert len(trained) == (1 if family != "bert" else 4 if whole else 2)  # weights and biases
+        for p in trained:
+            p.add_(0.5 * torch.randn_like(p))
     adapted.save_pretrained(tmp_path / "adapter")
     trunk, head = peft.load(tmp_path / "adapter", model, params["trunk"], head=params["head"])
     score = lambda t, h: np.asarray(heads.Scalar(model).reward({"trunk": t, "head": h}, TOKENS, ONES, POSITIONS))
     want = torch_logits(adapted)[:, 0]
     assert np.abs(score(params["trunk"], params["head"]) - want).max() > 0.1
     np.testing.assert_allclose(score(trunk, head), want, atol=1e-4)
-    peft.save(tmp_path / "ours", model, trunk, head={**head, "bias": jnp.float32(0.25)})
+    peft.save(tmp_path / "ours", model, trunk, head={**head, "bias": head["bias"] + 0.25})
     fresh = type(base).from_pretrained(tmp_path / "base").eval()
+    want = want + 0.25 * (family == "bert")  # the others' score has no bias in transformers, where the file's metadata keeps it
     np.testing.assert_allclose(torch_logits(theirs.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval())[:, 0], want, atol=1e-4)
-    assert peft.load(tmp_path / "ours", model, params["trunk"], head=params["head"])[1]["bias"] == 0.25  # which transformers has no room for
+    again = peft.load(tmp_path / "ours", model, params["trunk"], head=params["head"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, (trunk, {**head, "bias": head["bias"] + 0.25}))
+
+
+def test_a_module_that_trains_whole_is_no_target(tmp_path):
+    checkpoint("bert", 1).save_pretrained(tmp_path / "base")
+    model, params = hf.load(tmp_path / "base")
+    with pytest.raises(UserError, match="pooler/w trains whole in a classifier"):
+        peft.begin(model, params["trunk"], params["head"], lora.Lora((("pooler/w|/q/w$", 2, 2),)), jax.random.key(0))
 
 
 def test_onto_a_mesh(pair, tmp_path):
@@ -255,6 +308,9 @@ def written(pair, tmp_path):
         ("use_dora", "yes"),
         ("target_modules", [1]),
         ("target_modules", "("),
+        ("target_modules", "(" * 500 + ")" * 500),
+        ("exclude_modules", "a{99999999999}"),
+        ("rank_pattern", {"(?i)q_proj": 3}),  # a flag in the middle of peft's own expression
         ("target_modules", "x" * 1001),
         ("target_modules", ["nothing"]),
         ("target_modules", None),
@@ -263,8 +319,50 @@ def written(pair, tmp_path):
 def test_what_would_be_another_function_is_refused_by_name(written, field, value):
     model, params, directory, change = written
     change(**{field: value})
-    with pytest.raises(UserError, match="regular expression" if value in ("(", "x" * 1001) else field):
+    with pytest.raises(UserError, match=field):
         peft.load(directory, model, params)
+
+
+CATASTROPHE = "(([a-z_.0-9])+)+!"  # two ways to cut each character: 2^n of them for a name of n
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_never_end_is_refused(written, field, monkeypatch):
+    model, params, directory, change = written
+    monkeypatch.setattr(peft_config, "SECONDS", 0.5)
+    change(**{field: CATASTROPHE if "modules" in field else {CATASTROPHE: 4}})
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=f"{field}: matching .* takes more than 0.5 seconds.*; write a list of module names"):
+        peft.load(directory, model, params)
+    assert time.monotonic() - begin < 20
+
+
+NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(30) for p in "qkvo"] + [f"model.layers.{i}.mlp.down_proj" for i in range(30)] + ["lm_head", "model.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q_proj|v_proj)",
+        r".*layers\.(1[0-9]|2[0-3])\..*_proj",
+        r"model\.layers\.\d+\.self_attn\.(q|k)_proj",
+        "q_proj",
+        # What unsloth writes.
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|down_proj)))",
+    ],
+)
+def test_names_are_matched_as_peft_matches_them(pattern):
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    keys = {pattern: 3, "down_proj": 5}
+    given = dict(r=4, lora_alpha=8, rank_pattern=keys, alpha_pattern=keys)
+    for targets, excluded in ((pattern, None), ([pattern], None), (["q_proj", "down_proj"], pattern), ("nothing", None)):
+        got = peft_config.adapted({**given, "target_modules": targets, "exclude_modules": excluded}, "x", NAMES)
+        hits = [n for n in NAMES if check_target_module_exists(theirs.LoraConfig(target_modules=targets, exclude_modules=excluded), n)]
+        assert list(got) == hits
+        pick = lambda n, default: keys.get(get_pattern_key(list(keys), n), default)
+        assert got == {n: (pick(n, 4), pick(n, 8)) for n in hits}
 
 
 def test_everything_wrong_is_listed_at_once(written):
