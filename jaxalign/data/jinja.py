@@ -366,12 +366,13 @@ def read(path: str) -> str:
 
 
 def _more(m: Message, specials: tuple[str, ...], inner: str) -> dict[str, Any]:
-    """What else a message says, its text broken as well where it names a special token."""
+    """What else a message says, its text broken as well where it names a special token. Names too are text: of arguments,
+    of a schema's properties."""
     inside = _edges(specials)[0]
 
     def walk(x):
         if isinstance(x, dict):
-            return {k: walk(v) for k, v in x.items()}
+            return {walk(k): walk(v) for k, v in x.items()}
         return [walk(v) for v in x] if isinstance(x, list) else inside.sub(inner, x) if isinstance(x, str) else x
 
     return walk(json.loads(m.more)) if m.more else {}
