@@ -20,6 +20,7 @@ from jaxalign.types import UserError
 CONTROL = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>", re.DOTALL)
 _EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>")
 _CARRIED = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+UNPACKED = 256 << 20  # the largest published tokenizer.json has 35 MB; a gzip file of a few kB may hold any amount
 
 
 class Added(NamedTuple):
@@ -41,13 +42,15 @@ def read_bytes(path: str) -> bytes | None:
     """Contents of a file or of its .gz, None where there is neither."""
     for p in (path, path + ".gz"):
         try:
-            with open(p, "rb") as f:
-                data = f.read()
-            return gzip.decompress(data) if p.endswith(".gz") else data
+            with gzip.open(p) if p.endswith(".gz") else open(p, "rb") as f:
+                data = f.read(UNPACKED + 1 if p.endswith(".gz") else -1)
         except FileNotFoundError:
             continue
         except (OSError, EOFError, zlib.error) as e:
             raise UserError(f"{p}: {getattr(e, 'strerror', None) or e}; fetch the file again") from None
+        if len(data) > UNPACKED:
+            raise UserError(f"{p}: more than {UNPACKED >> 20} MiB once unpacked, which no vocabulary needs; fetch the file again, from where you trust it")
+        return data
     return None
 
 

@@ -154,7 +154,7 @@ class SentencePiece:
         if self._dummy_prefix and start is not None:
             texts = [" " + t if s and t else t for t, s in zip(texts, start, strict=True)]
         odd = {i for i, t in enumerate(texts) if _SPACE in t or (self._guard and self._guard.search(t))}
-        out = self._sp.encode([t for t in texts if t is not None], out_type=int)
+        out = self._sp.encode(list(texts), out_type=int)
         for i in odd:
             out[i] = spell(texts[i], self._guard, self._underline, lambda t: self._sp.encode(t, out_type=int))
         return out
