@@ -65,6 +65,8 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
     source = chosen.source(name, [str(workdir)])
     tokenizer = _tokenizer(config, Path(workdir), chosen.specials(name, source))
     template, tokenizer = chosen.template(name, source, tokenizer, config.tokenizer.get("variables") or "")
+    if getattr(template, "date", None):
+        config, template = _dated(config, Path(workdir), template)
     rules = dict(config.rules)
     model = _model(config.model, tokenizer)
     start = getattr(model, "start", None)
@@ -74,6 +76,23 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
             f"whose prompts end with the tokenizer's PAD (id {tokenizer.pad_id})" + ("" if start == tokenizer.pad_id else f", and model.start to {tokenizer.pad_id}")
         )
     return World(config, Path(workdir), mesh, rules, tokenizer, template, model)
+
+
+def _dated(config: ConfigDict, workdir: Path, template: Jinja) -> tuple[ConfigDict, Jinja]:
+    """Both with the date that the template writes fixed: to that of the run's first day, which its config.json (or its stages')
+    keeps. So a run that goes on tomorrow trains on the rows of today."""
+    if "strftime_now" not in json.loads(config.tokenizer.get("variables") or "{}"):
+        for path in (workdir / "config.json", *sorted(workdir.glob("*/config.json"))):
+            try:
+                kept = json.loads(json.loads(path.read_text(encoding="utf-8"))["tokenizer"]["variables"])["strftime_now"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # not a run's, or of a run that fixed no date
+            template = dataclasses.replace(template, variables=json.dumps({**json.loads(template.variables), "strftime_now": kept}, sort_keys=True))
+            break
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.tokenizer.variables = template.variables
+    return config, template
 
 
 def make_mesh(config: ConfigDict):

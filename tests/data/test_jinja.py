@@ -433,6 +433,28 @@ def test_sources_take_it_whole(tok):
     assert prompts.tokens[0][: int(prompts.segments[0].sum())].tolist() == encode_prompt((U(WORDS[0]),), tok, t)
 
 
+def test_another_day_is_other_data(tok, monkeypatch):
+    """A template that writes the date gives other rows tomorrow: going on with them is refused, with the way to go on as before."""
+    source = PLAINEST.replace("{{ bos_token }}", "{{ strftime_now('%d %b %Y') }}")
+    rows = [{"messages": dicts((U("u"), A("a")))}] * 2
+
+    def made(day=None, variables=None):
+        if day:
+            monkeypatch.setattr(jinja, "_today", lambda: day)
+        return tokens_source(rows, tok, seq_len=64, batch_size=1, seed=0, template=jinja.template(source, tok, "x", variables))
+
+    first, again, next_day = made("2025-01-31"), made("2025-01-31"), made("2025-02-01")
+    assert first.fingerprint == again.fingerprint != next_day.fingerprint
+    batch = first.next()
+    assert (batch.tokens != next_day.next().tokens).any() and "31 Jan 2025" in tok.decode(batch.tokens[0])
+    again.load_state_dict(first.state_dict())
+    with pytest.raises(UserError, match=r'2025-01-31 then, 2025-02-01 now.*add "strftime_now": "2025-01-31" to tokenizer.variables'):
+        next_day.load_state_dict(first.state_dict())
+    fixed = made(variables={"strftime_now": "2025-01-31"})
+    fixed.load_state_dict({**first.state_dict(), "batch": 0})
+    assert (fixed.next().tokens == batch.tokens).all()
+
+
 def test_a_row_the_template_refuses_is_a_bad_row(tok, tmp_path):
     from jaxalign.data.rows import read
 
