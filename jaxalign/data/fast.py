@@ -2,7 +2,7 @@
 
 Byte-level vocabularies compose as they are: every piece is its own bytes. Those made from Llama-like ones put a space
 before a text (a Prepend normaliser, a Metaspace that prepends); that is taken out, and put back only where a document starts,
-as `tokenizers.SentencePiece` does. A normaliser (NFC, lower case) stays: then it is the normalised text that comes back.
+as `pieces.SentencePiece` does. A normaliser (NFC, lower case) stays: then it is the normalised text that comes back.
 
 Special tokens in a text are spelled out. Other added tokens are words of the vocabulary, as its makers declared: runs of
 spaces in GPT-NeoX's, <think> in Qwen's. Only those shaped like control tokens (<｜User｜>) count as special whatever is declared.
@@ -20,7 +20,7 @@ import re
 from typing import Any, Mapping, Sequence
 
 from jaxalign.data.hub import CONTROL, About, put, resolve, write
-from jaxalign.data.tokenizers import spell, utf8
+from jaxalign.data.pieces import spell, utf8
 from jaxalign.types import UserError
 
 # How GPT-4's vocabulary, Llama 3's and Qwen's cut text into words before merging; the file does not say. (Qwen's has no
