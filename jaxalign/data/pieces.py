@@ -20,7 +20,7 @@ _VERBATIM = b"\x1a\x04\x18\x00\x20\x00"
 
 class SentencePiece:
     """A SentencePiece ``.model``: ours (`train_sentencepiece`) or a published one. ``beside``: what stood in its directory,
-    such as tokens added after its own.
+    such as tokens added after its own. T5's <extra_id_N> come after the pieces, the last first, as transformers has them.
 
     Raises UserError when the file is missing, no model, or has no EOS.
     """
@@ -45,7 +45,9 @@ class SentencePiece:
         self._dummy_prefix = self.published.encode("a") != sp.encode("a")
         size = sp.vocab_size()
         pieces = {sp.id_to_piece(i): i for i in range(size)}
-        added = {t: a.id for t, a in beside.added.items() if t not in pieces}
+        sentinels = {f"<extra_id_{beside.sentinels - 1 - k}>": size + k for k in range(beside.sentinels)}
+        added = {**sentinels, **{t: a.id for t, a in beside.added.items()}}
+        added = {t: i for t, i in added.items() if t not in pieces}
         if sorted(added.values()) != list(range(size, size + len(added))):
             raise UserError(
                 f"added tokens {added} do not follow the {size} pieces of tokenizer.model; the files are of two vocabularies"
@@ -126,7 +128,7 @@ class SentencePiece:
 
     def save(self, directory: str) -> None:
         hub.write(directory, self.beside, self.names, self.bos_id is not None, **self._for_transformers(directory))
-        hub.put(os.path.join(directory, "tokenizer.model"), self._proto)
+        hub.put(os.path.join(directory, "spiece.model" if self.beside.sentinels else "tokenizer.model"), self._proto)
 
     def _for_transformers(self, directory: str) -> dict[str, str]:
         """Writes a tokenizer.json beside, where one that gives the same ids can be made; it serves any kind of model."""
@@ -134,6 +136,8 @@ class SentencePiece:
 
         if self.beside.files.get("tokenizer.json"):
             return {}
+        if self.beside.sentinels:
+            return {"tokenizer_class": "T5Tokenizer", "extra_ids": self.beside.sentinels}
         made = fast.of_sentencepiece(self._proto, self.specials, self._dummy_prefix)
         os.makedirs(directory, exist_ok=True)
         if made is None or hub.compare(self, fast.Fast(made, self.beside)):

@@ -200,12 +200,16 @@ def train_sentencepiece(
     return SentencePiece(path)
 
 
+_LATER = ("spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.txt.gz")  # read where there is nothing better
+_AS_IT_STANDS = ("", "T5Tokenizer", "MT5Tokenizer", "mt5", "umt5", "LlamaTokenizer", "PreTrainedTokenizer")
+
+
 def load(spec: str) -> Tokenizer:
     """"bytes"; a SentencePiece .model, a tokenizer.json or a .tiktoken file (or its .gz); or a directory, as `save` or the
     Hub has it.
 
     Of several vocabularies in a directory the first is taken: tokenizer.model, tokenizer.json, vocab.json with merges.txt,
-    *.tiktoken. (A tokenizer.json beside a tokenizer.model was made from it; `differences` says whether they still agree. It
+    *.tiktoken, spiece.model, vocab.txt. (A tokenizer.json beside a tokenizer.model was made from it; `differences` says whether they still agree. It
     is taken where tokens were added to the vocabulary, which a .model can not hold.) What tokenizer_config.json,
     special_tokens_map.json, added_tokens.json and chat_template.jinja say is read with it.
 
@@ -214,17 +218,17 @@ def load(spec: str) -> Tokenizer:
     if spec == "bytes":
         return Bytes()
     if not os.path.isdir(spec):
-        return _file(spec, hub.about(os.path.dirname(spec)) if spec.endswith((".json", ".gz", ".tiktoken", "tokenizer.model")) else hub.About())
+        return _file(spec, hub.about(os.path.dirname(spec)) if spec.endswith((".json", ".gz", ".tiktoken", "tokenizer.model", *_LATER)) else hub.About())
     beside, names = hub.about(spec), sorted(os.listdir(spec))
     wanted = ["tokenizer.model", "tokenizer.json", "tokenizer.json.gz", "vocab.json", "vocab.json.gz"]
-    wanted += [n for n in names if n.endswith(".tiktoken")]
+    wanted += [n for n in names if n.endswith(".tiktoken")] + [*_LATER]
     for name in wanted:
         if name in names and not (name.startswith("vocab.json") and hub.read_bytes(os.path.join(spec, "merges.txt")) is None):
             return _file(os.path.join(spec, name), beside)
     if "tokenizer.bytes" in names:
         return Bytes()
     raise UserError(
-        f"{spec}: holds no tokenizer.model, tokenizer.json, vocab.json with merges.txt, or .tiktoken file; give 'bytes', one of "
+        f"{spec}: holds no tokenizer.model, tokenizer.json, vocab.json with merges.txt, .tiktoken file, spiece.model or vocab.txt; give 'bytes', one of "
         "these files, or a directory with one"
     )
 
@@ -251,6 +255,14 @@ def _file(path: str, beside: hub.About) -> Tokenizer:
         if data is None:
             raise UserError(f"{path}: No such file; give the path of a tokenizer.json")
         return fast.Fast(data, beside, path)
+    if name == "vocab.txt":
+        data = hub.read_bytes(stem)
+        if data is None:
+            raise UserError(f"{path}: No such file; give the path of a vocab.txt")
+        return fast.wordpiece(data, beside, path)
+    if name == "sentencepiece.bpe.model" or name == "spiece.model" and beside.kind not in _AS_IT_STANDS:
+        why = f"{beside.kind or 'XLM-R and its relatives'} give other ids than this file, or write the text otherwise first"
+        raise UserError(f"{path}: {why}; save a tokenizer.json beside it with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))")
     if name.endswith(".tiktoken") or _is_tiktoken(path):
         return fast.tiktoken(path, about=beside)
     if name != "tokenizer.model":
