@@ -195,6 +195,8 @@ def _verbatim(spec: dict[str, Any]) -> bool:
         if kind == "Prepend":
             found = True
             return None
+        if kind == "Strip" and "strip_left" in part:  # the normaliser (decoders have one of that name): "a " + "b" is not "ab"
+            return None
         if kind == "Metaspace":
             found = found or part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never") != "never"
             part = {k: v for k, v in part.items() if k != "add_prefix_space"}

@@ -107,6 +107,13 @@ def test_t5_as_transformers(spiece, said, n, tmp_path):
     json_one = tokenizers.load(str(tmp_path / "theirs"))  # the tokenizer.json is taken
     assert not isinstance(json_one, tokenizers.SentencePiece)
     check_t5(json_one, theirs, n)
+    spec = json.loads((tmp_path / "theirs/tokenizer.json").read_text())
+    spaces = [{"type": "Strip", "strip_left": False, "strip_right": True}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [*([spec["normalizer"]] if spec["normalizer"] else []), *spaces]}  # as converters write it
+    (tmp_path / "theirs/tokenizer.json").write_text(json.dumps(spec))
+    strips = tokenizers.load(str(tmp_path / "theirs"))
+    check_t5(strips, theirs, n)
+    assert strips.decode(strips.encode("the ") + strips.encode("cat")) == "the cat"
     assert json_one.encode("the cat") + json_one.encode(" sat\non") == json_one.encode("the cat sat on")
 
 
