@@ -65,6 +65,8 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
     source = chosen.source(name, [str(workdir)])
     tokenizer = _tokenizer(config, Path(workdir), chosen.specials(name, source))
     template, tokenizer = chosen.template(name, source, tokenizer, config.tokenizer.get("variables") or "")
+    if getattr(template, "date", None):
+        config, template = _dated(config, Path(workdir), template)
     rules = dict(config.rules)
     model = _model(config.model, tokenizer)
     start = getattr(model, "start", None)
@@ -74,6 +76,23 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
             f"whose prompts end with the tokenizer's PAD (id {tokenizer.pad_id})" + ("" if start == tokenizer.pad_id else f", and model.start to {tokenizer.pad_id}")
         )
     return World(config, Path(workdir), mesh, rules, tokenizer, template, model)
+
+
+def _dated(config: ConfigDict, workdir: Path, template: Jinja) -> tuple[ConfigDict, Jinja]:
+    """Both with the date that the template writes fixed: to that of the run's first day, which its config.json (or its stages')
+    keeps. So a run that goes on tomorrow trains on the rows of today."""
+    if "strftime_now" not in json.loads(config.tokenizer.get("variables") or "{}"):
+        for path in (workdir / "config.json", *sorted(workdir.glob("*/config.json"))):
+            try:
+                kept = json.loads(json.loads(path.read_text(encoding="utf-8"))["tokenizer"]["variables"])["strftime_now"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # not a run's, or of a run that fixed no date
+            template = dataclasses.replace(template, variables=json.dumps({**json.loads(template.variables), "strftime_now": kept}, sort_keys=True))
+            break
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.tokenizer.variables = template.variables
+    return config, template
 
 
 def make_mesh(config: ConfigDict):
@@ -170,7 +189,7 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     return source
 
 
-def _opened(run: str, template: str = "") -> tuple[World, str, bool]:
+def _opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, str, bool]:
     """(world, stage name, whether it is a reward model) of a stage's directory, by the config.json that it keeps, or of a
     Hugging Face directory, which is read as it is."""
     directory = Path(run)
@@ -190,6 +209,10 @@ def _opened(run: str, template: str = "") -> tuple[World, str, bool]:
 
         said, classes = imported_config(directory.name, run, hf.read_config(run)), said.get("architectures") or ()
     config = ConfigDict(said)
+    if tokenizer:
+        config.tokenizer.path = tokenizer if tokenizer == "bytes" else str(Path(tokenizer).absolute())
+        if os.path.isdir(tokenizer) and hub.about(tokenizer).chat_template:
+            config.tokenizer.template = "hf"
     if template:
         config.tokenizer.template = template
     w = world(config, directory.parent if "stages" in config else directory)
@@ -197,13 +220,13 @@ def _opened(run: str, template: str = "") -> tuple[World, str, bool]:
     return w, config.stage, any("ForSequenceClassification" in c for c in classes) if published else kind in REWARDS
 
 
-def trained(run: str, dtype: str | None = "float32", *, template: str = "", adapter: str = "", writes: bool = False) -> tuple[World, str, Tree]:
+def trained(run: str, dtype: str | None = "float32", *, template: str = "", tokenizer: str = "", adapter: str = "", writes: bool = False) -> tuple[World, str, Tree]:
     """(world, stage name, weights) of a finished stage's directory, or of a Hugging Face directory with its own chat template.
 
-    dtype: as `load_params`. template: another than its own. adapter: a PEFT directory, or a stage that left one, attached to the weights and not merged.
+    dtype: as `load_params`. template, tokenizer: others than its own. adapter: a PEFT directory, or a stage that left one, attached to the weights and not merged.
     writes: refuse, before any weight is read, a model that can not continue a text.
     """
-    w, name, reward = _opened(run, template)
+    w, name, reward = _opened(run, template, tokenizer)
     if writes:
         if reward:
             raise UserError(f"{run} holds a reward model: it scores texts and writes none; name a policy's directory")

@@ -325,3 +325,16 @@ def test_a_stages_adapter_leaves_as_it_is(home, tmp_path, capsys):
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == {f.name: f.read_bytes() for f in (home / "peft").iterdir()}
     first, second = (sampled(capsys, home / "hf", "--prompt=a", "--temperature=0", "--max_new=9", f"--adapter={a}") for a in (home / "peft", tmp_path / "out"))
     assert first == second
+
+
+def test_weights_without_a_tokenizer_take_another(home, tmp_path, capsys):
+    """With the vocabulary that was left out: the same answer, and its chat template; without it, what to give."""
+    for f in ("config.json", "model.safetensors"):
+        (tmp_path / f).write_bytes((home / "hf" / f).read_bytes())
+    say = lambda *more: (run("sample", "--prompt=tea", "--temperature=0", "--max_new=6", "--json", *more), json.loads(capsys.readouterr().out))[1]  # noqa: E731
+    want = say(f"--run={home / 'hf'}")
+    assert say(f"--run={tmp_path}", f"--tokenizer={home / 'hf'}") == want
+    plain = say(f"--run={tmp_path}", "--tokenizer=bytes", "--template=plain")
+    assert plain["completion"] != want["completion"]
+    with pytest.raises(UserError, match="holds no tokenizer.model.*give 'bytes'"):
+        build.trained(str(tmp_path))

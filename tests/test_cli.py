@@ -302,6 +302,23 @@ def test_a_chat_template_all_the_way(talk, capsys, tmp_path):
     assert say(tmp_path / "back") == first
 
 
+def test_a_run_keeps_the_date_of_its_first_day(talk, capsys, tmp_path, monkeypatch):
+    """A template that writes the date: resumed, or sampled from, on another day it writes the same one."""
+    from jaxalign import build
+    from jaxalign.data import jinja
+
+    (tmp_path / "t.jinja").write_text(CHAT.replace("{{ bos_token }}", "{{ bos_token + strftime_now('%d%m%y') }}"))
+    flags = [*talk[1], f"--workdir={tmp_path / 'run'}", f"--config.tokenizer.template={tmp_path / 't.jinja'}", '--config.tokenizer.variables={"x": 1}']
+    monkeypatch.setattr(jinja, "_today", lambda: "2025-01-31")
+    run("train", *flags, "--config.stage.train.save_every=1")
+    ended = (tmp_path / "run/metrics.jsonl").read_bytes()
+    monkeypatch.setattr(jinja, "_today", lambda: "2025-02-01")
+    run("train", *flags, "--config.stage.train.save_every=1")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == ended
+    w = build.trained(str(tmp_path / "run"))[0]
+    assert w.template.date == "2025-01-31" and json.loads(w.config.tokenizer.variables) == {"x": 1, "strftime_now": "2025-01-31"}
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ def define(fv: flags.FlagValues, max_new: int) -> None:
     flags.DEFINE_string("run", None, "a stage's directory (runs/quickstart/ppo), or a Hugging Face directory", flag_values=fv)
     flags.DEFINE_string("adapter", None, "a PEFT directory, or a stage with adapters, on top of it", flag_values=fv)
     flags.DEFINE_string("template", None, "plain, chatml, human_assistant, hf or a .jinja file; default: the model's own", flag_values=fv)
+    flags.DEFINE_string("tokenizer", None, "a file, a directory or bytes, where the model comes without one; default: the model's own", flag_values=fv)
     flags.DEFINE_string("system", None, "the system prompt", flag_values=fv)
     flags.DEFINE_integer("max_new", max_new, "tokens at most", lower_bound=1, flag_values=fv)
     own = "default: what generation_config.json says, else"
@@ -50,7 +51,7 @@ def opened(fv: flags.FlagValues, verb: str) -> Speaker:
         raise UserError(f"--run is missing: jaxalign {verb} --run=runs/quickstart/ppo" + (" --prompt='Review the noodle soup.'" if verb == "sample" else ""))
     if "" in fv.stop:
         raise UserError("--stop is empty: it would end every answer before it begins")
-    w, _, params = build.trained(fv.run, template=fv.template or "", adapter=fv.adapter or "", writes=True)
+    w, _, params = build.trained(fv.run, template=fv.template or "", tokenizer=fv.tokenizer or "", adapter=fv.adapter or "", writes=True)
     g = build.generation(w)
     given = {k: fv[k].value for k in SETTINGS if fv[k].value is not None}
     how = build.sampling(w, {}, max_new=fv.max_new, **{**SETTINGS, **g.settings, **given})

@@ -118,7 +118,7 @@ def encode(
         "files": rows.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "template": hashlib.sha256(repr(template).encode()).hexdigest(),
-        "options": {"format": name},
+        "options": {"format": name, **({"date": date} if (date := getattr(template, "date", None)) else {})},
     }
     return Corpus(flat, examples, account, parts)
 

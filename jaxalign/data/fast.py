@@ -1,8 +1,8 @@
-"""Vocabularies that the `tokenizers` package runs: tokenizer.json, GPT-2's two files, tiktoken's one.
+"""Vocabularies that the `tokenizers` package runs: tokenizer.json, GPT-2's two files, tiktoken's one, BERT's vocab.txt.
 
 Byte-level vocabularies compose as they are: every piece is its own bytes. Those made from Llama-like ones put a space
 before a text (a Prepend normaliser, a Metaspace that prepends); that is taken out, and put back only where a document starts,
-as `tokenizers.SentencePiece` does. A normaliser (NFC, lower case) stays: then it is the normalised text that comes back.
+as `pieces.SentencePiece` does. A normaliser (NFC, lower case) stays: then it is the normalised text that comes back.
 
 Special tokens in a text are spelled out. Other added tokens are words of the vocabulary, as its makers declared: runs of
 spaces in GPT-NeoX's, <think> in Qwen's. Only those shaped like control tokens (<｜User｜>) count as special whatever is declared.
@@ -19,8 +19,8 @@ import os
 import re
 from typing import Any, Mapping, Sequence
 
-from jaxalign.data.hub import CONTROL, About, put, resolve, write
-from jaxalign.data.tokenizers import spell, utf8
+from jaxalign.data.hub import CONTROL, About, parse_json, put, resolve, write
+from jaxalign.data.pieces import spell, utf8
 from jaxalign.types import UserError
 
 # How GPT-4's vocabulary, Llama 3's and Qwen's cut text into words before merging; the file does not say. (Qwen's has no
@@ -185,7 +185,7 @@ def _token(text: str, i: int) -> dict[str, Any]:
 
 def _verbatim(spec: dict[str, Any]) -> bool:
     """Takes out whatever puts a space before a text, and what takes it away again. Was there something?"""
-    found = False
+    found = split = False
 
     def walk(part: dict[str, Any] | None) -> dict[str, Any] | None:
         nonlocal found
@@ -195,6 +195,8 @@ def _verbatim(spec: dict[str, Any]) -> bool:
         if kind == "Prepend":
             found = True
             return None
+        if kind == "Strip" and "strip_left" in part:  # the normaliser (decoders have one of that name): "a " + "b" is not "ab"
+            return None
         if kind == "Metaspace":
             found = found or part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never") != "never"
             part = {k: v for k, v in part.items() if k != "add_prefix_space"}
@@ -202,12 +204,19 @@ def _verbatim(spec: dict[str, Any]) -> bool:
         if kind == "ByteLevel":
             found = found or bool(part.get("add_prefix_space"))
             return {**part, "add_prefix_space": False}
+        if kind == "Sequence" and [p.get("type") for p in part.get("pretokenizers", ())] == ["WhitespaceSplit", "Metaspace"]:
+            nonlocal split
+            split = True  # T5's: the spaces that this throws away are told by the prefixes that are taken out here
+            return walk(part["pretokenizers"][1])
         for key in ("normalizers", "pretokenizers", "decoders"):
             if key in part:
                 return {**part, key: [p for p in map(walk, part[key]) if p is not None]}
         return part
 
     spec["normalizer"], spec["pre_tokenizer"] = walk(spec.get("normalizer")), walk(spec.get("pre_tokenizer"))
+    if split:
+        blank = {"type": "Replace", "pattern": {"Regex": r"\s"}, "content": " "}
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [*([spec["normalizer"]] if spec["normalizer"] else []), blank]}
     prefixed = found
     spec["decoder"] = walk(spec.get("decoder"))
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -244,6 +253,51 @@ def gpt2(vocab: bytes, merges: bytes, about: About = About(), where: str = "voca
             raise UserError(f"merges.txt: merge {n + 1}, {' '.join(p)!r}, is not of this vocabulary; fetch both files again")
     special = {t: i for t, i in ids.items() if CONTROL.fullmatch(t) or t in about.names.values()}
     return Fast(_bpe(ids, pairs, special, None), about, where)
+
+
+_BERTS = re.compile(r"|bert|distilbert|electra|mobilebert|PreTrainedTokenizer|((Distil|Mobile|Conv|Squeeze|Retri)?Bert|Electra|Lxmert|LayoutLM|DPR\w*)Tokenizer")
+_BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+
+
+def wordpiece(vocab: bytes, about: About = About(), where: str = "vocab.txt") -> Fast:
+    """BERT's vocab.txt, a token a line: [CLS] is its BOS, [SEP] its EOS; `names` knows "mask_token".
+
+    Words are what stands between spaces and punctuation, so a text does not come back as it was: lower-cased and without
+    accents (where tokenizer_config.json says so, and by default), unknown words gone, single spaces where there were any or
+    none. ``encode(a) + encode(b)`` is ``encode(a + b)`` where a ends, or b begins, with a space or punctuation; elsewhere b
+    begins a new word. So prompt and completion stay the tokens that they are, but train causal models on other vocabularies.
+    """
+    config = parse_json(about.files.get("tokenizer_config.json", b"{}"), where)
+    try:
+        lines = vocab.decode("utf-8").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8; fetch it again") from None
+    ids = {t: i for i, t in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+    names = {**_BERT, **about.names}
+    if not _BERTS.fullmatch(about.kind) or names["unk_token"] not in ids:
+        why = f"has no {names['unk_token']!r}" if _BERTS.fullmatch(about.kind) else f"is {about.kind}'s, which cuts words otherwise than BERT"
+        raise UserError(f"{where}: {why}; save a tokenizer.json beside it with transformers")
+    names = {k: t for k, t in names.items() if t in ids or k not in _BERT}
+    special = {t: ids[t] for t in names.values() if t in ids}
+    flag = lambda key, default: default if not isinstance(config.get(key), bool) else config[key]
+    opens, closes = names.get("cls_token"), names.get("sep_token")
+    part = lambda t: {"SpecialToken": {"id": t, "type_id": 0}}
+    text = lambda k: {"Sequence": {"id": k, "type_id": 0}}
+    post = {
+        "type": "TemplateProcessing", "single": [part(opens), text("A"), part(closes)], "pair": [part(opens), text("A"), part(closes), text("B"), part(closes)],
+        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in (opens, closes) if t},
+    }  # fmt: skip
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [_token(t, i) for t, i in sorted(special.items(), key=lambda s: s[1])],
+        "normalizer": {
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": flag("tokenize_chinese_chars", True),
+            "strip_accents": flag("strip_accents", None), "lowercase": flag("do_lower_case", True),
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": post if opens and closes else None,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"type": "WordPiece", "unk_token": names["unk_token"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": ids},
+    }  # fmt: skip
+    return Fast(json.dumps(spec, ensure_ascii=False).encode(), dataclasses.replace(about, names=names), where)
 
 
 def tiktoken(

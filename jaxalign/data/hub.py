@@ -20,6 +20,8 @@ from jaxalign.types import UserError
 CONTROL = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>", re.DOTALL)
 _EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>")
 _CARRIED = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_T5 = ("t5", "longt5", "switch_transformers")  # mT5 and UMT5 have their sentinels in the .model
+UNPACKED = 256 << 20  # the largest published tokenizer.json has 35 MB; a gzip file of a few kB may hold any amount
 
 
 class Added(NamedTuple):
@@ -35,19 +37,23 @@ class About:
     add_bos: bool | None = None  # None: not said
     chat_template: str | None = None
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # as they were, to be saved again
+    kind: str = ""  # the class of transformers that reads it, or the kind of model
+    sentinels: int = 0  # T5's <extra_id_N>, which its .model does not hold
 
 
 def read_bytes(path: str) -> bytes | None:
     """Contents of a file or of its .gz, None where there is neither."""
     for p in (path, path + ".gz"):
         try:
-            with open(p, "rb") as f:
-                data = f.read()
-            return gzip.decompress(data) if p.endswith(".gz") else data
+            with gzip.open(p) if p.endswith(".gz") else open(p, "rb") as f:
+                data = f.read(UNPACKED + 1 if p.endswith(".gz") else -1)
         except FileNotFoundError:
             continue
         except (OSError, EOFError, zlib.error) as e:
             raise UserError(f"{p}: {getattr(e, 'strerror', None) or e}; fetch the file again") from None
+        if len(data) > UNPACKED:
+            raise UserError(f"{p}: more than {UNPACKED >> 20} MiB once unpacked, which no vocabulary needs; fetch the file again, from where you trust it")
+        return data
     return None
 
 
@@ -86,7 +92,12 @@ def about(directory: str) -> About:
     if bos is None and "Llama" in str(config.get("tokenizer_class")):
         bos = True  # those classes put one where their config says nothing
     carried = {f: found[f] for f in _CARRIED if found[f] is not None}
-    return About(names, added, ids, bos if isinstance(bos, bool) else None, template, carried)
+    model = str(docs.get("config.json", {}).get("model_type") or "")
+    kind = str(config.get("tokenizer_class") or ("T5Tokenizer" if model in _T5 else model)).removesuffix("Fast")
+    sentinels = config.get("extra_ids", 100) if kind in ("T5Tokenizer", "MT5Tokenizer") else 0
+    if not isinstance(sentinels, int):
+        raise UserError(f"{os.path.join(directory, 'tokenizer_config.json')}: extra_ids {sentinels!r} is no number; fetch the file again")
+    return About(names, added, ids, bos if isinstance(bos, bool) else None, template, carried, kind, sentinels)
 
 
 def _names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -124,13 +135,15 @@ def resolve(a: About, ids: Mapping[str, int], where: str, bos: int | None = None
         raise UserError(f"{where}: the vocabulary has no {a.names['eos_token']!r}, which the files beside it name as EOS; they belong to another")
     names = {k: tokens[i] for k, i in a.ids.items() if i in tokens} | {k: t for k, t in a.names.items() if t in ids}
     if "eos_token" not in names:
-        eos = next((t for t in _EOS if t in ids), None)
+        eos = next((t for t in _EOS if t in ids), None) or names.get("sep_token")
         if eos is None:
             raise UserError(
                 f"{where}: nothing says which token is EOS, so a model could never stop; name it in a tokenizer_config.json "
                 'beside it: {"eos_token": "..."}'
             )
         names["eos_token"] = eos
+        if eos == names.get("sep_token") and "cls_token" in names:  # BERT's: what closes and what opens a text
+            names.setdefault("bos_token", names["cls_token"])
     if a.add_bos and "bos_token" in names:
         bos = ids[names["bos_token"]]
     eos = ids[names["eos_token"]]

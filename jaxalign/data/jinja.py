@@ -15,6 +15,7 @@ is taken out. Added tokens that are no special ones (<think>) are words, in mess
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -138,6 +139,11 @@ class Jinja:
     def marked(self) -> bool:
         return re.search(r"\{%[-+]?\s*generation\b", self.source) is not None
 
+    @property
+    def date(self) -> str | None:
+        """The day that it takes for today; None where it asks for none."""
+        return json.loads(self.variables).get("strftime_now") if "strftime_now" in self.source else None
+
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any) -> str:
         """The text that transformers' apply_chat_template gives; marks of generation are left out."""
         return self._texts([(messages, add_generation_prompt)], **variables)[0][0]
@@ -222,9 +228,13 @@ class Jinja:
 
 
 def template(source: str, tokenizer: Tokenizer, name: str = "hf", variables: Mapping[str, Any] | None = None) -> Jinja:
-    """A chat template that can be trained with. Raises UserError for one that can not (see `check`)."""
+    """A chat template that can be trained with. Raises UserError for one that can not (see `check`).
+
+    The date that it writes, unless ``variables`` fix it, is today's for as long as it lives: rows do not change at midnight.
+    """
+    variables = {**({"strftime_now": _today()} if "strftime_now" in source else {}), **(variables or {})}
     names, swallow = tuple(sorted(tokenizer.names.items())), tuple(sorted(strips(tokenizer).items()))
-    t = Jinja(name, source, names, tuple(tokenizer.specials), json.dumps(variables or {}, sort_keys=True), strips=swallow)
+    t = Jinja(name, source, names, tuple(tokenizer.specials), json.dumps(variables, sort_keys=True), strips=swallow)
     said = _said("Cobalt 7?", "user") + _said("Vermilion 9.", "assistant")
     messages = [{"role": m.role, "content": m.content} for m in said]
     whole = t.render(messages)
@@ -241,6 +251,10 @@ def template(source: str, tokenizer: Tokenizer, name: str = "hf", variables: Map
     except UserError as e:
         raise UserError(f"chat template {name!r}: {e}") from None
     return t
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
 
 
 PROBE = (
@@ -366,12 +380,13 @@ def read(path: str) -> str:
 
 
 def _more(m: Message, specials: tuple[str, ...], inner: str) -> dict[str, Any]:
-    """What else a message says, its text broken as well where it names a special token."""
+    """What else a message says, its text broken as well where it names a special token. Names too are text: of arguments,
+    of a schema's properties."""
     inside = _edges(specials)[0]
 
     def walk(x):
         if isinstance(x, dict):
-            return {k: walk(v) for k, v in x.items()}
+            return {walk(k): walk(v) for k, v in x.items()}
         return [walk(v) for v in x] if isinstance(x, list) else inside.sub(inner, x) if isinstance(x, str) else x
 
     return walk(json.loads(m.more)) if m.more else {}

@@ -89,9 +89,11 @@ class Offline:
         then, now = d.get("options", {}), self._parts["options"]
         changed += [f"{k} ({then.get(k)} then, {now.get(k)} now)" for k in {**then, **now} if then.get(k) != now.get(k)]
         if changed and not force:
+            date = then.get("date")
+            dated = f' (the date of a chat template: add "strftime_now": "{date}" to tokenizer.variables)' if date != now.get("date") and date else ""
             raise UserError(
                 f"the data is not what the checkpoint was trained on: changed {', '.join(changed)}. Restore what it "
-                "was, or start a new run"
+                f"was{dated}, or start a new run"
             )
         self._batch = int(d["batch"])
 

@@ -15,9 +15,10 @@ import hashlib
 import io
 import os
 import re
-from typing import Callable, Iterable, Mapping, Protocol, Sequence
+from typing import Iterable, Mapping, Protocol, Sequence
 
 from jaxalign.data import hub
+from jaxalign.data.pieces import SentencePiece, utf8
 from jaxalign.types import UserError
 
 
@@ -76,147 +77,6 @@ class Bytes:
         os.makedirs(directory, exist_ok=True)
         with open(os.path.join(directory, "tokenizer.bytes"), "w", encoding="utf-8") as f:
             f.write("jaxalign.data.tokenizers.Bytes\n")
-
-
-_SPACE = "\u2581"  # SentencePiece's own spelling of a space
-
-# A serialised protobuf is merged by concatenation. This says: normalizer_spec { add_dummy_prefix: false,
-# remove_extra_whitespaces: false }. Without it "world" after "Hello " would get a second space, and " world" none.
-_VERBATIM = b"\x1a\x04\x18\x00\x20\x00"
-
-
-class SentencePiece:
-    """A SentencePiece ``.model``: ours (`train_sentencepiece`) or a published one. ``beside``: what stood in its directory,
-    such as tokens added after its own.
-
-    Raises UserError when the file is missing, no model, or has no EOS.
-    """
-
-    def __init__(self, path: str, beside: hub.About = hub.About()):
-        try:
-            with open(path, "rb") as f:
-                self._init(f.read(), beside)
-        except OSError as e:
-            raise UserError(f"{path}: {e.strerror or e}; give the path of a SentencePiece .model file") from None
-        except (RuntimeError, TypeError):
-            raise UserError(f"{path}: not a SentencePiece model (or cut short); fetch or train it again") from None
-        if self.eos_id < 0:
-            raise UserError(f"{path}: the vocabulary has no EOS, so a model could never stop; use one that has")
-
-    def _init(self, proto: bytes, beside: hub.About):
-        import sentencepiece
-
-        self.published = sentencepiece.SentencePieceProcessor(model_proto=proto)  # as its makers' programs read a text
-        self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=proto + _VERBATIM)
-        self._proto, self.beside = proto, beside
-        self._dummy_prefix = self.published.encode("a") != sp.encode("a")
-        size = sp.vocab_size()
-        pieces = {sp.id_to_piece(i): i for i in range(size)}
-        added = {t: a.id for t, a in beside.added.items() if t not in pieces}
-        if sorted(added.values()) != list(range(size, size + len(added))):
-            raise UserError(
-                f"added tokens {added} do not follow the {size} pieces of tokenizer.model; the files are of two vocabularies"
-            )
-        self.vocab_size = size + len(added)
-        self.specials = {p: i for p, i in pieces.items() if sp.is_control(i) or hub.CONTROL.fullmatch(p)} | added
-        named = {k: sp.id_to_piece(i) for k, i in (("bos_token", sp.bos_id()), ("eos_token", sp.eos_id()), ("pad_token", sp.pad_id())) if i >= 0}
-        beside = dataclasses.replace(beside, names={**named, **beside.names})
-        bos = sp.bos_id() if sp.bos_id() >= 0 else None
-        if "eos_token" not in beside.names:
-            self.names, self.bos_id, self.eos_id, self.pad_id = named, bos, -1, -1  # refused by __init__, which knows the path
-        else:
-            self.names, self.bos_id, self.eos_id, self.pad_id = hub.resolve(beside, {**pieces, **added}, "tokenizer.model", bos)
-        self.chat_template = beside.chat_template
-        content = hashlib.sha256(proto)
-        if (self.specials, self.names) != ({p: i for p, i in self.specials.items() if i < size}, named):
-            content.update(repr([sorted(self.specials.items()), self.bos_id, self.eos_id, self.pad_id]).encode())
-        self.fingerprint = content.hexdigest()
-        self._added = set(added.values())
-        # Control pieces never match text, but "user defined" ones do: those we cut apart before SentencePiece looks.
-        matched = [re.escape(p) for p, i in self.specials.items() if i < size and not sp.is_control(i)]
-        self._guard = re.compile("|".join(sorted(matched, key=len, reverse=True))) if matched else None
-        # A literal U+2581 would decode to a space; spelled in bytes it survives. None where there are no bytes.
-        spelled = [pieces.get(f"<0x{b:02X}>") for b in _SPACE.encode()]
-        self._underline = None if None in spelled else spelled
-
-    def __getstate__(self):
-        return self._proto, self.beside
-
-    def __setstate__(self, state):
-        self._init(*state)
-
-    def encode(self, text: str, start: bool = False) -> list[int]:
-        return self.encode_batch([text], [start])[0]
-
-    def encode_batch(self, texts: Sequence[str], start: Sequence[bool] | None = None) -> list[list[int]]:
-        for t in texts:
-            utf8(t)  # SentencePiece would replace what is not UTF-8 without a word
-        if self._dummy_prefix and start is not None:
-            texts = [" " + t if s and t else t for t, s in zip(texts, start, strict=True)]
-        odd = {i for i, t in enumerate(texts) if _SPACE in t or (self._guard and self._guard.search(t))}
-        out = self._sp.encode([t for t in texts if t is not None], out_type=int)
-        for i in odd:
-            out[i] = spell(texts[i], self._guard, self._underline, lambda t: self._sp.encode(t, out_type=int))
-        return out
-
-    def decode(self, ids: Sequence[int]) -> str:
-        ids = [int(i) for i in ids]
-        known, out = [], []
-        for i in ids:
-            if 0 <= i < self.vocab_size:
-                known += [i] * (i not in self._added)
-            else:
-                out += [self._sp.decode(known), "\ufffd"]
-                known = []
-        text = "".join(out) + self._sp.decode(known)
-        opened = self._dummy_prefix and ids[:1] == [self.bos_id]  # BOS opens a document, hence the vocabulary's space
-        return text[1:] if opened and text.startswith(" ") else text
-
-    def special_id(self, text: str) -> int | None:
-        return self.specials.get(text)
-
-    def _copy(self, beside: hub.About) -> SentencePiece:
-        new = object.__new__(SentencePiece)
-        new._init(self._proto, beside)
-        return new
-
-    carrying = _copy
-
-    def added(self, texts: Sequence[str]) -> SentencePiece:
-        """A vocabulary with these special tokens after all others. The model's embedding must have rows for them."""
-        more = [t for t in dict.fromkeys(texts) if t not in self.specials]
-        tokens = {t: hub.Added(self.vocab_size + k, True) for k, t in enumerate(more)}
-        ids = {t: a.id for t, a in {**self.beside.added, **tokens}.items()}
-        files = {**self.beside.files, "added_tokens.json": hub.dumped(ids)}
-        files.pop("tokenizer.json", None)
-        return self._copy(dataclasses.replace(self.beside, added={**self.beside.added, **tokens}, files=files))
-
-    def save(self, directory: str) -> None:
-        hub.write(directory, self.beside, self.names, self.bos_id is not None, **self._for_transformers(directory))
-        hub.put(os.path.join(directory, "tokenizer.model"), self._proto)
-
-    def _for_transformers(self, directory: str) -> dict[str, str]:
-        """Writes a tokenizer.json beside, where one that gives the same ids can be made; it serves any kind of model."""
-        from jaxalign.data import fast
-
-        if self.beside.files.get("tokenizer.json"):
-            return {}
-        made = fast.of_sentencepiece(self._proto, self.specials, self._dummy_prefix)
-        os.makedirs(directory, exist_ok=True)
-        if made is None or hub.compare(self, fast.Fast(made, self.beside)):
-            return {"tokenizer_class": "LlamaTokenizer"}
-        hub.put(os.path.join(directory, "tokenizer.json"), made)
-        return {"tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-def spell(text: str, guard: re.Pattern | None, underline: list[int] | None, encode: Callable[[str], list[int]]) -> list[int]:
-    """Ids of a text with what ``guard`` matches cut apart, and a literal U+2581 in bytes."""
-    if underline and _SPACE in text:
-        first, *rest = text.split(_SPACE)
-        again = lambda t: spell(t, guard, underline, encode)
-        return again(first) + [i for t in rest for i in (*underline, *again(t))]
-    cuts = [m.start() + 1 for m in guard.finditer(text)] if guard else []
-    return [i for a, b in zip([0, *cuts], [*cuts, len(text)]) for i in encode(text[a:b])]
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str, start: bool = False) -> list[int]:
@@ -340,12 +200,16 @@ def train_sentencepiece(
     return SentencePiece(path)
 
 
+_LATER = ("spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.txt.gz")  # read where there is nothing better
+_AS_IT_STANDS = ("", "T5Tokenizer", "MT5Tokenizer", "mt5", "umt5", "LlamaTokenizer", "PreTrainedTokenizer")
+
+
 def load(spec: str) -> Tokenizer:
     """"bytes"; a SentencePiece .model, a tokenizer.json or a .tiktoken file (or its .gz); or a directory, as `save` or the
     Hub has it.
 
     Of several vocabularies in a directory the first is taken: tokenizer.model, tokenizer.json, vocab.json with merges.txt,
-    *.tiktoken. (A tokenizer.json beside a tokenizer.model was made from it; `differences` says whether they still agree. It
+    *.tiktoken, spiece.model, vocab.txt. (A tokenizer.json beside a tokenizer.model was made from it; `differences` says whether they still agree. It
     is taken where tokens were added to the vocabulary, which a .model can not hold.) What tokenizer_config.json,
     special_tokens_map.json, added_tokens.json and chat_template.jinja say is read with it.
 
@@ -354,17 +218,17 @@ def load(spec: str) -> Tokenizer:
     if spec == "bytes":
         return Bytes()
     if not os.path.isdir(spec):
-        return _file(spec, hub.about(os.path.dirname(spec)) if spec.endswith((".json", ".gz", ".tiktoken", "tokenizer.model")) else hub.About())
+        return _file(spec, hub.about(os.path.dirname(spec)) if spec.endswith((".json", ".gz", ".tiktoken", "tokenizer.model", *_LATER)) else hub.About())
     beside, names = hub.about(spec), sorted(os.listdir(spec))
     wanted = ["tokenizer.model", "tokenizer.json", "tokenizer.json.gz", "vocab.json", "vocab.json.gz"]
-    wanted += [n for n in names if n.endswith(".tiktoken")]
+    wanted += [n for n in names if n.endswith(".tiktoken")] + [*_LATER]
     for name in wanted:
         if name in names and not (name.startswith("vocab.json") and hub.read_bytes(os.path.join(spec, "merges.txt")) is None):
             return _file(os.path.join(spec, name), beside)
     if "tokenizer.bytes" in names:
         return Bytes()
     raise UserError(
-        f"{spec}: holds no tokenizer.model, tokenizer.json, vocab.json with merges.txt, or .tiktoken file; give 'bytes', one of "
+        f"{spec}: holds no tokenizer.model, tokenizer.json, vocab.json with merges.txt, .tiktoken file, spiece.model or vocab.txt; give 'bytes', one of "
         "these files, or a directory with one"
     )
 
@@ -391,6 +255,14 @@ def _file(path: str, beside: hub.About) -> Tokenizer:
         if data is None:
             raise UserError(f"{path}: No such file; give the path of a tokenizer.json")
         return fast.Fast(data, beside, path)
+    if name == "vocab.txt":
+        data = hub.read_bytes(stem)
+        if data is None:
+            raise UserError(f"{path}: No such file; give the path of a vocab.txt")
+        return fast.wordpiece(data, beside, path)
+    if name == "sentencepiece.bpe.model" or name == "spiece.model" and beside.kind not in _AS_IT_STANDS:
+        why = f"{beside.kind or 'XLM-R and its relatives'} give other ids than this file, or write the text otherwise first"
+        raise UserError(f"{path}: {why}; save a tokenizer.json beside it with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))")
     if name.endswith(".tiktoken") or _is_tiktoken(path):
         return fast.tiktoken(path, about=beside)
     if name != "tokenizer.model":
@@ -418,10 +290,3 @@ def _sentences(texts: Iterable[str]):
         for line in text.splitlines():
             for i in range(0, len(line), 1000):
                 yield line[i : i + 1000]
-
-
-def utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise UserError(f"text holds a lone surrogate at character {e.start}, which is no Unicode; repair it") from None

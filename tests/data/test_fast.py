@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import tracemalloc
 
 import pytest
 import tokenizers as hf
@@ -228,6 +229,16 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=match) as e:
             tokenizers.load(str(d))
         assert "\n" not in str(e.value)
+
+
+def test_a_compressed_file_may_not_fill_the_memory(tmp_path):
+    (tmp_path / "tokenizer.json.gz").write_bytes(gzip.compress(bytes(1 << 20), 1) * 300)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="tokenizer.json.gz: more than 256 MiB once unpacked"):
+        tokenizers.load(str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 << 20
 
 
 def test_names_may_be_objects_and_compressed(tmp_path):
