@@ -54,6 +54,16 @@ class FamilyModel:
         return self.family.flops_per_token(self.config, length)
 
 
+def norm_names(ours: str, theirs: str) -> dict[str, tuple[str, bool]]:
+    """Entries of `Architecture.names` for a LayerNorm {"scale", "bias"}."""
+    return {f"{ours}/scale": (f"{theirs}.weight", False), f"{ours}/bias": (f"{theirs}.bias", False)}
+
+
+def dense_names(ours: str, theirs: str) -> dict[str, tuple[str, bool]]:
+    """Entries of `Architecture.names` for a torch Linear {"w", "b"}, which stores (out, in)."""
+    return {f"{ours}/w": (f"{theirs}.weight", True), f"{ours}/b": (f"{theirs}.bias", False)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """How transformers spells a family: the class names, the fields of config.json, the names of the tensors.

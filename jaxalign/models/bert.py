@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.models import Architecture, FamilyModel
+from jaxalign.models import Architecture, FamilyModel, dense_names, norm_names
 from jaxalign.ops import nn
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
@@ -158,17 +158,15 @@ def _write(cfg: Config) -> dict:
 
 
 def _names(cfg: Config) -> dict[str, tuple[str, bool]]:
-    norm = lambda ours, theirs: {f"{ours}/scale": (f"{theirs}.weight", False), f"{ours}/bias": (f"{theirs}.bias", False)}
-    dense = lambda ours, theirs: {f"{ours}/w": (f"{theirs}.weight", True), f"{ours}/b": (f"{theirs}.bias", False)}
     layer = {
-        **dense("q", "attention.self.query"), **dense("k", "attention.self.key"), **dense("v", "attention.self.value"),
-        **dense("o", "attention.output.dense"), **norm("attn_norm", "attention.output.LayerNorm"),
-        **dense("up", "intermediate.dense"), **dense("down", "output.dense"), **norm("mlp_norm", "output.LayerNorm"),
+        **dense_names("q", "attention.self.query"), **dense_names("k", "attention.self.key"), **dense_names("v", "attention.self.value"),
+        **dense_names("o", "attention.output.dense"), **norm_names("attn_norm", "attention.output.LayerNorm"),
+        **dense_names("up", "intermediate.dense"), **dense_names("down", "output.dense"), **norm_names("mlp_norm", "output.LayerNorm"),
     }  # fmt: skip
     out = {f"layers/{k}": (f"bert.encoder.layer.{{}}.{v}", t) for k, (v, t) in layer.items()}
     out |= {k: (f"bert.embeddings.{v}_embeddings.weight", False) for k, v in (("embed", "word"), ("positions", "position"), ("types", "token_type"))}
-    out |= norm("embed_norm", "bert.embeddings.LayerNorm") | dense("pooler", "bert.pooler.dense") | dense("masked", "cls.predictions.transform.dense")
-    return out | norm("masked/norm", "cls.predictions.transform.LayerNorm") | {"masked/bias": ("cls.predictions.bias", False)}
+    out |= norm_names("embed_norm", "bert.embeddings.LayerNorm") | dense_names("pooler", "bert.pooler.dense") | dense_names("masked", "cls.predictions.transform.dense")
+    return out | norm_names("masked/norm", "cls.predictions.transform.LayerNorm") | {"masked/bias": ("cls.predictions.bias", False)}
 
 
 HF = {

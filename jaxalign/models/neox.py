@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.models import Architecture, FamilyModel
+from jaxalign.models import Architecture, FamilyModel, dense_names, norm_names
 from jaxalign.ops import nn, rope
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
@@ -150,15 +150,13 @@ def _write(cfg: Config) -> dict:
 
 
 def _names(cfg: Config) -> dict[str, tuple[str, bool]]:
-    norm = lambda ours, theirs: {f"{ours}/scale": (f"{theirs}.weight", False), f"{ours}/bias": (f"{theirs}.bias", False)}
-    dense = lambda ours, theirs: {f"{ours}/w": (f"{theirs}.weight", True), f"{ours}/b": (f"{theirs}.bias", False)}
     layer = {
-        **norm("ln_1", "input_layernorm"), **dense("qkv", "attention.query_key_value"), **dense("o", "attention.dense"),
-        **norm("ln_2", "post_attention_layernorm"), **dense("up", "mlp.dense_h_to_4h"), **dense("down", "mlp.dense_4h_to_h"),
+        **norm_names("ln_1", "input_layernorm"), **dense_names("qkv", "attention.query_key_value"), **dense_names("o", "attention.dense"),
+        **norm_names("ln_2", "post_attention_layernorm"), **dense_names("up", "mlp.dense_h_to_4h"), **dense_names("down", "mlp.dense_4h_to_h"),
     }  # fmt: skip
     out = {f"layers/{k}": (f"gpt_neox.layers.{{}}.{v}", t) for k, (v, t) in layer.items()}
     out |= {"embed": ("gpt_neox.embed_in.weight", False), "unembed": ("embed_out.weight", False)}
-    return out | norm("norm", "gpt_neox.final_layer_norm")
+    return out | norm_names("norm", "gpt_neox.final_layer_norm")
 
 
 HF = {
