@@ -7,7 +7,6 @@ B batch, T time, D dim, N heads, F hidden, V vocab, L layers. Weights are (in, o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 
 import jax
@@ -19,8 +18,6 @@ from jaxalign.ops import nn
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
-
-ACTIVATIONS = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Config:
             object.__setattr__(self, "scan", self.layers > 16)
         if self.dim % self.heads:
             raise UserError(f"model.dim {self.dim} is not a multiple of model.heads {self.heads}")
-        for name, known in {"head": ("masked", "pooled"), "activation": tuple(ACTIVATIONS)}.items():
+        for name, known in {"head": ("masked", "pooled"), "activation": tuple(nn.ACTIVATIONS)}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
 
@@ -106,12 +103,12 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
         q, k, v = (split(dense(x, p[name])) for name in "qkv")
         a = attend(q, k, v, q_segments=segments, kv_segments=segments, causal=False)
         x = spread(_norm(cfg, x + dense(a.reshape(B, T, -1), p["o"]), p["attn_norm"]))
-        h = dense(ACTIVATIONS[cfg.activation](dense(x, p["up"])), p["down"])
+        h = dense(nn.ACTIVATIONS[cfg.activation](dense(x, p["up"])), p["down"])
         return spread(_norm(cfg, x + h, p["mlp_norm"])), None
 
     x = nn.stack(block, params["layers"], x, None, cfg.layers, scan=cfg.scan, remat=cfg.remat)[0]
     if cfg.head == "masked":
-        x = _norm(cfg, ACTIVATIONS[cfg.activation](dense(x, params["masked"])), params["masked"]["norm"])
+        x = _norm(cfg, nn.ACTIVATIONS[cfg.activation](dense(x, params["masked"])), params["masked"]["norm"])
     return nn.Hidden(spread(x))
 
 

@@ -10,7 +10,6 @@ B batch, T time, D dim, N heads, K kv_heads, H head width, F hidden, V vocab, L 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 
 import jax
@@ -24,7 +23,6 @@ from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu}
 EVERYTHING = 2**30  # a window that hides nothing
 
 
@@ -84,7 +82,7 @@ class Config:
             raise UserError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.rotary_width % 2 or not 2 <= self.rotary_width <= self.head_dim:
             raise UserError(f"rotary embeddings need an even width of 2 or more, got {self.rotary_width} of a head of {self.head_dim}")
-        for name, known in {"norm": ("pre", "post", "both"), "qk_norm": ("", "head", "whole"), "activation": tuple(ACTIVATIONS)}.items():
+        for name, known in {"norm": ("pre", "post", "both"), "qk_norm": ("", "head", "whole"), "activation": tuple(nn.ACTIVATIONS)}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(map(repr, known))}")
         if len(self.windowed) not in (0, self.layers) or (any(self.windowed) and self.window is None):
@@ -172,7 +170,7 @@ def _qkv(cfg: Config, p, h):
 
 
 def _gated(cfg: Config, p, h):
-    act = ACTIVATIONS[cfg.activation]
+    act = nn.ACTIVATIONS[cfg.activation]
     if cfg.fused:
         gate, up = jnp.split(nn.linear(h, p["gate_up"]), 2, axis=-1)
     else:
@@ -184,7 +182,7 @@ def _mixture(cfg: Config, p, h, segments):
     """(the experts' output, the load they got)."""
     rows = nn.rows(h)
     weight, expert, probabilities = moe.route(rows, p["router"], cfg.experts_per_token, cfg.renormalise)
-    y = moe.experts(rows, weight, expert, p["experts"], ACTIVATIONS[cfg.activation]).reshape(h.shape)
+    y = moe.experts(rows, weight, expert, p["experts"], nn.ACTIVATIONS[cfg.activation]).reshape(h.shape)
     if cfg.shared_hidden:
         y = y + jax.nn.sigmoid(nn.linear(h, p["shared"]["mix"])) * _gated(cfg, p["shared"], h)
     return y, moe.load(probabilities, expert, (segments != 0).reshape(-1).astype(probabilities.dtype))

@@ -12,7 +12,6 @@ B batch, T decoder time, S input time, D dim, N heads, H head width, F hidden, V
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 
@@ -26,8 +25,6 @@ from jaxalign.ops import nn
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import Inputs, UserError
-
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "gelu": functools.partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +53,8 @@ class Config:
             object.__setattr__(self, "encoder_layers", self.layers)
         if self.scan is None:
             object.__setattr__(self, "scan", self.layers > 16)
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"model.activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.activation not in nn.ACTIVATIONS:
+            raise UserError(f"model.activation {self.activation!r} is not one of {', '.join(nn.ACTIVATIONS)}")
         if self.buckets % 4 or self.max_distance <= self.buckets // 2:
             raise UserError(f"model.buckets {self.buckets} must be a multiple of 4 and half of it less than model.max_distance {self.max_distance}")
 
@@ -120,7 +117,7 @@ def _bias(cfg: Config, table, q_positions, kv_positions, both_ways: bool):
 
 
 def _mlp(cfg: Config, p, h):
-    act, up = ACTIVATIONS[cfg.activation], nn.linear(h, p["up"])
+    act, up = nn.ACTIVATIONS[cfg.activation], nn.linear(h, p["up"])
     return nn.linear(act(nn.linear(h, p["gate"])) * up if cfg.gated else act(up), p["down"])
 
 

@@ -6,6 +6,7 @@ A model is a nested dict of `Spec`; init, shardings, shape checks, import and co
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from typing import Any, Callable
 
@@ -201,6 +202,15 @@ def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
     low = embed(table["a"], ids, dtype) * table["scale"].astype(dtype)
     y = embed(table["base"], ids, dtype) + low @ table["b"].astype(dtype)
     return y * (table["magnitude"] * dora_factor(table)).astype(dtype) if "magnitude" in table else y
+
+
+# By the names that configs use; "gelu" is the exact one, as in transformers.
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
