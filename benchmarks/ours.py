@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from pairing import Child
 from work import SIZES, Work, pairs, prompts, rows
+from work import reward as reward_of
 
 from jaxalign import shard
 from jaxalign.models import decoder, heads, hf
-from jaxalign.objectives import lm, ppo, preference, reward
-from jaxalign.ops import nn
-from jaxalign.rl import experience, reference, rewards
+from jaxalign.objectives import grpo, lm, ppo, preference, reward
+from jaxalign.ops import branches, nn
+from jaxalign.rl import experience, online, reference, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.train import optim, state, step
-from jaxalign.types import Pairs, Prompts, Tokens
+from jaxalign.types import Experience, Pairs, Prompts, SharedPairs, Tokens
 
 
 def make_model(w: Work):
@@ -81,9 +82,23 @@ def run_sft(w, child, mesh):
     train(w, child, lm.lm(make_model(w)), load(w, "policy", mesh), Batches(map(tokens, rows(w))), mesh)
 
 
+def shared_batches(w: Work):
+    """The same pairs, the prompt once: what `data.share_prompt` makes of them."""
+    for prompt, chosen, rejected in zip(*pairs(w)):
+        P, C, zero = prompt.shape[1], chosen.shape[1], np.zeros(len(prompt), np.float32)
+        branch = np.repeat([0, 1, 2], [P, C, C]).astype(np.uint32)
+        ids = np.concatenate([prompt, chosen, rejected], 1)
+        wide = lambda x: np.broadcast_to(x, ids.shape)
+        at = np.concatenate([np.arange(P), P + np.arange(C), P + np.arange(C)]).astype(np.int32)
+        yield SharedPairs(Tokens(ids, wide(branch > 0).astype(np.float32), wide(branches.pack(np.ones_like(branch), branch)), wide(at)), zero, zero, zero)
+
+
 def run_dpo(w, child, mesh):
+    """Against TRL's online reference ours is online too; against its precomputed one, ours is computed before the steps."""
     model = make_model(w)
-    source = reference.WithReference(Batches(pair_batches(w)), model, load(w, "policy", mesh), mesh)
+    source = reference.WithReference(Batches(shared_batches(w)), model, load(w, "policy", mesh), mesh)
+    if w.peer == "precompute":
+        source = Batches([source.next(None) for _ in range(w.total + 1)])
     train(w, child, preference.dpo(model, beta=0.1), load(w, "policy", mesh), source, mesh)
 
 
@@ -111,11 +126,25 @@ def run_ppo(w, child, mesh):
     models, as TRL has them: the policy, its reference, a value network and a reward model."""
     model, scalar = make_model(w), heads.Scalar(make_model(w))
     params = {"policy": load(w, "policy", mesh), "value": load(w, "reward", mesh)}
-    source = experience.PPOSource(
-        Batches(make_prompts(w, ids, i) for i, ids in enumerate(prompts(w))), model, scalar, load(w, "policy", mesh),
-        rewards.learned(scalar, load(w, "reward", mesh)), Sampling(max_new=w.new), mesh, epochs=w.epochs, kl=KL(0.05),
+    base = load(w, "policy", mesh)
+    source = online.OnlineSource(
+        Batches(make_prompts(w, ids, i) for i, ids in enumerate(prompts(w))), model, rewards.learned(scalar, load(w, "reward", mesh)), Sampling(max_new=w.new), mesh,
+        lambda p, rollout, scores, beta: experience.make_experience(model, scalar, p, base, rollout, scores, beta), epochs=w.epochs, kl=KL(0.05), kind=Experience,
     )  # fmt: skip
     train(w, child, ppo.ppo(model, scalar), params, source, mesh, updates=w.epochs, show=())
+
+
+def run_grpo(w, child, mesh):
+    """One iteration: `group` samples of each prompt, a Python reward, reference log-probs, one update."""
+    model, base = make_model(w), load(w, "policy", mesh)
+    k = experience.answers_per_row(w.group, w.prompt, w.new, model.config.dim, w.samples, 1)
+    how = dict(group=w.group, max_new=w.new, old_logp="current", answers_per_row=k)
+    source = online.OnlineSource(
+        Batches(make_prompts(w, ids[: w.samples // w.group], i) for i, ids in enumerate(prompts(w))), model,
+        rewards.python(lambda prompt, completion, record: reward_of(completion), lambda ids: " ".join(f"t{i}" for i in ids), mesh), Sampling(max_new=w.new), mesh,
+        lambda p, rollout, scores, beta: experience.group_experience(model, p, base, rollout, scores, **how), group=w.group,
+    )  # fmt: skip
+    train(w, child, grpo.grpo(model, beta=w.beta), {"policy": load(w, "policy", mesh)}, source, mesh, show=())
 
 
 def export(w: Work):

@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 from pairing import Child
-from work import Work, pairs, prompts, rows
+from work import Work, pairs, prompts, reward, rows
 
 for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}.items():
     os.environ.setdefault(name, value)
@@ -117,7 +117,7 @@ def pair_data(w: Work):
 def run_dpo(w: Work, child: Child):
     from trl import DPOConfig, DPOTrainer
 
-    args = DPOConfig(**options(w, w.batch), max_steps=w.total, max_length=w.seq, beta=0.1, train_sampling_strategy="sequential")
+    args = DPOConfig(**options(w, w.batch), max_steps=w.total, max_length=w.seq, beta=0.1, train_sampling_strategy="sequential", precompute_ref_log_probs=w.peer == "precompute")
     make = lambda c: DPOTrainer(
         model=load(w, "policy"), ref_model=load(w, "policy"), args=args, train_dataset=pair_data(w), processing_class=tokenizer(w), callbacks=c
     )
@@ -168,6 +168,23 @@ def run_ppo(w: Work, child: Child):
     PPOTrainer(
         args=args, processing_class=tokenizer(w), model=policy, ref_model=load(w, "policy"), reward_model=load(w, "reward"), value_model=load(w, "reward"),
         train_dataset=data, callbacks=[turns(w, child, {})],
+    ).train()  # fmt: skip
+
+
+def run_grpo(w: Work, child: Child):
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    data = Dataset.from_dict({"prompt": [text(row) for ids in prompts(w) for row in ids[: w.samples // w.group]]})
+    args = GRPOConfig(
+        **options(w, w.samples), max_steps=w.total, num_generations=w.group, max_completion_length=w.new, beta=w.beta, temperature=1.0, top_k=0, loss_type="grpo",
+        shuffle_dataset=False, generation_kwargs=dict(min_new_tokens=w.new),
+    )  # fmt: skip
+    # Its reference is read from where the model came from; a path, as TRL has it.
+    tokenizer(w).save_pretrained(os.path.join(w.weights, "policy"))
+    GRPOTrainer(
+        model=load(w, "policy"), reward_funcs=lambda completions, **_: [reward(c) for c in completions], args=args, train_dataset=data,
+        processing_class=tokenizer(w), callbacks=[turns(w, child, {})],
     ).train()  # fmt: skip
 
 

@@ -31,15 +31,17 @@ from pairing import Process, lockstep, ratios
 from work import SIZES, TASKS, Work, shapes, units
 
 HERE = Path(__file__).parent
-PEERS = {"sft": ("raw", "compile", "trl"), "dpo": ("trl",), "reward": ("trl",), "sample": ("generate", "static"), "ppo": ("trl",)}
-NAMES = {"raw": "transformers, plain loop", "compile": "transformers + torch.compile", "trl": "TRL", "generate": "transformers generate", "static": "generate, static cache"}
+PEERS = {"sft": ("raw", "compile", "trl"), "dpo": ("trl", "precompute"), "reward": ("trl",), "sample": ("generate", "static"), "ppo": ("trl",), "grpo": ("trl",)}
+NAMES = {"raw": "transformers, plain loop", "compile": "transformers + torch.compile", "trl": "TRL", "precompute": "TRL, reference precomputed", "generate": "transformers generate", "static": "generate, static cache"}
 ALL = [
     *(("sft", p, s) for s in ("small", "tiny") for p in ("raw", "trl")),
     *((t, "trl", "small") for t in ("dpo", "reward")),
+    ("dpo", "precompute", "small"),
     *(("sample", p, s) for s, p in (("small", "generate"), ("small", "static"), ("tiny", "generate"))),
     ("ppo", "trl", "small"),
+    *(("grpo", "trl", s) for s in ("small", "tiny")),
 ]  # fmt: skip
-ALL_GPU = [(t, p, s) for s in ("0.5b", "1b") for t, p in (("sft", "raw"), ("sft", "compile"), ("sft", "trl"), ("dpo", "trl"), ("reward", "trl"), ("sample", "generate"), ("sample", "static"), ("ppo", "trl"))]  # fmt: skip
+ALL_GPU = [(t, p, s) for s in ("0.5b", "1b") for t, p in (("sft", "raw"), ("sft", "compile"), ("sft", "trl"), ("dpo", "trl"), ("dpo", "precompute"), ("reward", "trl"), ("sample", "generate"), ("sample", "static"), ("ppo", "trl"), ("grpo", "trl"))]  # fmt: skip
 COLUMNS = ("task", "size", "peer", "peer s", "ours s", "ours per s", "wall ratio", "cpu ratio", "peak MiB peer / ours", "first step s peer / ours", "same", "others")
 
 
@@ -127,7 +129,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("task", choices=[*TASKS, "all"])
     p.add_argument("--size", choices=SIZES, help="default: small (0.5b with --gpu); with all: every size of the table")
-    p.add_argument("--peer", help="raw, compile or trl for sft; generate or static for sample; default: the first")
+    p.add_argument("--peer", help="raw, compile or trl for sft; trl or precompute for dpo; generate or static for sample; default: the first")
     p.add_argument("--steps", type=int, default=7, help="measured steps of each side")
     p.add_argument("--warmup", type=int, default=2)
     p.add_argument("--peer-python", default=sys.executable)

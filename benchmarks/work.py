@@ -21,13 +21,13 @@ SIZES = {
     "0.5b": (896, 24, 14, 2, 4864, 151936),  # Qwen2.5-0.5B
     "1b": (2048, 16, 32, 8, 8192, 128256),  # Llama-3.2-1B
 }
-TASKS = ("sft", "dpo", "reward", "sample", "ppo")
+TASKS = ("sft", "dpo", "reward", "sample", "ppo", "grpo")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
     task: str
-    peer: str = ""  # raw | compile | trl | generate | static
+    peer: str = ""  # raw | compile | trl | precompute | generate | static
     size: str = "small"
     steps: int = 5  # measured
     warmup: int = 2  # not measured, the first of which compiles
@@ -35,10 +35,12 @@ class Work:
     weights: str = ""  # directory that holds policy/ and reward/, Hugging Face format
     batch: int = 8  # rows, or pairs
     seq: int = 256  # of which a quarter is the prompt of a pair
-    samples: int = 16  # of sampling and PPO
+    samples: int = 16  # of sampling, PPO and GRPO
     prompt: int = 32
     new: int = 96
-    epochs: int = 4
+    epochs: int = 4  # of PPO
+    group: int = 8  # answers to one prompt, of GRPO
+    beta: float = 0.04  # of GRPO
     lr: float = 1e-4
 
     @property
@@ -68,6 +70,7 @@ def units(w: Work) -> tuple[int, str]:
         "reward": (w.batch, "pairs"),
         "sample": (w.samples * w.new, "tokens"),
         "ppo": (w.samples * w.new, "tokens"),
+        "grpo": (w.samples * w.new, "tokens"),
     }[w.task]
 
 
@@ -91,3 +94,8 @@ def pairs(w: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def prompts(w: Work) -> np.ndarray:
     """i32[steps, B, P]"""
     return _draw(w, w.total + 1, w.samples, w.prompt)
+
+
+def reward(text: str) -> float:
+    """Of GRPO: any number that depends on the completion."""
+    return float(len(text) % 97) / 97

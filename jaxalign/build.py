@@ -202,7 +202,6 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     if "rl" in c:
         model, objective, source, params = _make_online(w, name, c, maker, options, trunk, draw, key, frozen)
     else:
-        source = data_source(w, c.data, c.data.path, batch, seed)
         if kind in REWARDS:
             model = heads.Scalar(w.model)
             trunk = trunk if trunk is not None else draw(w.model.specs(), "trunk")
@@ -210,6 +209,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         else:
             model, params = w.model, adapted(w, c, key, trunk if trunk is not None else draw(w.model.specs(), "policy"))[0]
         objective = maker(model, **options)
+        how = {"share_prompt": True} if objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh) else {}
+        source = data_source(w, c.data, c.data.path, batch, seed, **how)
         if "reference" in c and not (c.reference or c.init):
             if kind in OBJECTIVES:
                 raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
@@ -221,8 +222,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
 
             prepare = lambda b: add_reference(w.model, reference, b)
     evaluate = None
-    if c.data.get("eval_path"):
-        held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False)
+    if c.data.get("eval_path") and "rl" not in c:
+        held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     remains = None
     if o.freeze or adapts(c):

@@ -50,7 +50,7 @@ KINDS = {
     "tokens": {"eval_path": "", "seq_len": 256, "packing": "bfd", "too_long": "truncate"},
     "pairs": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
     "rankings": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_k": config_dict.placeholder(int)},
-    "prompts": {"max_prompt_len": config_dict.placeholder(int), "share_prompt": True},
+    "prompts": {"max_prompt_len": config_dict.placeholder(int)},
 }
 
 # Of every stage: low-rank matrices beside frozen weights.
@@ -152,6 +152,8 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         "optim": fields(optim.Optim),
         "adapter": dict(ADAPTER),
     }
+    if kind == "pairs" and objective not in REWARDS or kind == "prompts" and not has_critic(maker):
+        c["data"]["share_prompt"] = True  # what answers one prompt stands with it in one row, where the model can
     if objective in REWARDS:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
     elif kind == "pairs":

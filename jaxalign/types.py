@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple, Protocol
 
 Array = Any  # numpy on the host, jax.Array on the device
 Tree = Any  # any pytree
+BRANCH = 16  # bits to the left of a segment's number stands that of its branch, in rows that have branches (`ops.branches`)
 Metrics = dict[str, tuple[Array, Array]]  # name -> (total, weight); the reader divides
 
 
@@ -45,6 +46,15 @@ class Pairs(NamedTuple):
     ref_chosen: Array  # f32[B]; reference log-prob summed over the completion (0 until `rl.reference` fills it)
     ref_rejected: Array  # f32[B]
     margin: Array  # f32[B]; how much better (Llama 2); 0 when the data says nothing
+
+
+class SharedPairs(NamedTuple):
+    """One preference per row, its prompt once: prompt, chosen and rejected completion, the last two in branches 1 and 2."""
+
+    rows: Tokens  # segments u32 (`ops.branches`)
+    ref_chosen: Array  # f32[B]; as in `Pairs`
+    ref_rejected: Array  # f32[B]
+    margin: Array  # f32[B]
 
 
 class Rankings(NamedTuple):
@@ -134,6 +144,7 @@ class Objective:
     init_aux: Callable[[Tree], Tree] | None = None
     update_aux: Callable[..., Tree] | None = None  # (aux, params, metrics, step) -> aux, once after each update
     whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
+    shared: bool = False  # reads `SharedPairs` as well as `Pairs`
 
 
 # -- models and sources ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
-from jaxalign.types import Tokens, UserError
+from jaxalign.types import BRANCH, Tokens, UserError
 
 STRATEGIES = ("bfd", "chop", "pad")
 
@@ -84,8 +84,48 @@ def pack(lengths: Sequence[int], seq_len: int, strategy: str = "bfd", split: boo
 
 def fill(docs: Ragged, packing: Packing, rows: Sequence[int], pad_id: int) -> Tokens:
     """The given rows as arrays [len(rows), T]; row -1 is empty (segments and mask 0). O(tokens), no loop."""
-    rows = np.asarray(rows, np.int64)
+    cell, source, number, position = _cells(docs, packing, rows)
+    out = Tokens(np.full((len(rows), packing.seq_len), pad_id, np.int32), *(np.zeros((len(rows), packing.seq_len), t) for t in (np.float32, np.int32, np.int32)))
+    out.tokens.reshape(-1)[cell] = docs.ids[source]
+    out.mask.reshape(-1)[cell] = docs.mask[source] * (position > 0)  # a segment's first token is never a target
+    out.segments.reshape(-1)[cell] = number + 1
+    out.positions.reshape(-1)[cell] = position
+    return out
+
+
+def share(docs: Ragged, chosen: np.ndarray, rejected: np.ndarray, seq_len: int | None = None) -> Packing:
+    """Pairs of documents, one pair a row: what both begin with and neither trains on, then the rest of the one and of the
+    other. seq_len None: the longest such row, rounded up to 8."""
+    first = [docs.offsets[x] for x in (chosen, rejected)]
+    least = np.minimum(docs.lengths[chosen], docs.lengths[rejected])
+    common = np.zeros(len(chosen), np.int64)
+    for i, (a, b, n) in enumerate(zip(*first, least)):
+        a, b = slice(a, a + n), slice(b, b + n)
+        apart = (docs.ids[a] != docs.ids[b]) | (docs.mask[a] > 0) | (docs.mask[b] > 0)
+        common[i] = np.argmax(apart) if apart.any() else n
+    length = np.stack([common, docs.lengths[chosen] - common, docs.lengths[rejected] - common], 1)
+    start = np.stack([0 * common, common, common], 1)
+    longest = seq_len or -(-int(length.sum(1).max(initial=1)) // 8) * 8
+    return Packing(longest, np.stack([chosen, chosen, rejected], 1).reshape(-1), start.reshape(-1), length.reshape(-1), 3 * np.arange(len(chosen) + 1))
+
+
+def fill_shared(docs: Ragged, packing: Packing, rows: Sequence[int], pad_id: int) -> Tokens:
+    """Rows that `share` laid out: a trunk and its branches (segments u32), whose positions go on from the trunk's end."""
+    cell, source, number, position = _cells(docs, packing, rows)
     shape = (len(rows), packing.seq_len)
+    out = Tokens(np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.uint32), np.zeros(shape, np.int32))
+    at = source - docs.offsets[np.searchsorted(docs.offsets, source, side="right") - 1]  # in its document
+    out.tokens.reshape(-1)[cell] = docs.ids[source]
+    out.mask.reshape(-1)[cell] = docs.mask[source] * (at > 0)
+    out.segments.reshape(-1)[cell] = 1 + (number << BRANCH)
+    out.positions.reshape(-1)[cell] = at
+    return out
+
+
+def _cells(docs: Ragged, packing: Packing, rows: Sequence[int]):
+    """Of every token of the rows: its slot among all of them, its place in docs, the number of its piece in the row, and its
+    place in the piece."""
+    rows = np.asarray(rows, np.int64)
     first = np.where(rows < 0, 0, packing.rows[rows])
     count = np.where(rows < 0, 0, packing.rows[rows + 1] - first)  # row -1 reads rows[0]: harmless
     piece = np.repeat(first, count) + _within(count)
@@ -96,12 +136,7 @@ def fill(docs: Ragged, packing: Packing, rows: Sequence[int], pad_id: int) -> To
     position = _within(length)
     cell = np.repeat(at_row * packing.seq_len + edge - row_edge[at_row], length) + position
     source = np.repeat(docs.offsets[packing.doc[piece]] + packing.start[piece], length) + position
-    out = Tokens(np.full(shape, pad_id, np.int32), *(np.zeros(shape, t) for t in (np.float32, np.int32, np.int32)))
-    out.tokens.reshape(-1)[cell] = docs.ids[source]
-    out.mask.reshape(-1)[cell] = docs.mask[source] * (position > 0)  # a segment's first token is never a target
-    out.segments.reshape(-1)[cell] = np.repeat(_within(count) + 1, length)
-    out.positions.reshape(-1)[cell] = position
-    return out
+    return cell, source, np.repeat(_within(count), length), position
 
 
 def _within(counts: np.ndarray) -> np.ndarray:

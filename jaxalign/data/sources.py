@@ -16,11 +16,11 @@ import numpy as np
 
 from jaxalign.data.corpus import Corpus, encode
 from jaxalign.data.examples import Chat, Completion, Preference, Prompt, Ranking, Text
-from jaxalign.data.packing import Ragged, fill, pack
+from jaxalign.data.packing import Ragged, fill, fill_shared, pack, share
 from jaxalign.data.rows import Rows
 from jaxalign.data.templates import PLAIN, Template
 from jaxalign.data.tokenizers import Tokenizer
-from jaxalign.types import Pairs, Prompts, Rankings, Tokens, UserError
+from jaxalign.types import Pairs, Prompts, Rankings, SharedPairs, Tokens, UserError
 
 TOO_LONG = ("truncate", "drop", "split", "error")
 
@@ -205,8 +205,12 @@ def pairs_source(
     format: str | Callable | None = None,
     max_drop: float = 0.5,
     vocab_size: int | None = None,
+    share_prompt: bool = False,
 ) -> Offline:
     """`Pairs` [B,T], T = max_len (None: the longest of the set). References are 0 until `rl.reference` fills them.
+
+    share_prompt: `SharedPairs`, the prompt once and both completions behind it in one row; rows are as long as the longest
+    needs, and the report counts the tokens saved as shared_tokens.
 
     A pair is dropped and counted, as a pair, when either side is above max_len or its prompt above max_prompt_len.
     """
@@ -226,12 +230,20 @@ def pairs_source(
     margin = np.array([e.margin for e in corpus.examples], np.float32)
     corpus.examples.clear()
 
+    one = 2 * np.arange(len(margin))
+    together = share(corpus.docs, one, one + 1) if share_prompt else None
+    if together is not None:
+        corpus.counts["shared_tokens"] = int(together.length[::3].sum())
+
     def make(item, draw):
         side = lambda s: fill(corpus.docs, layout, np.where(item < 0, -1, 2 * item + s), tokenizer.pad_id)
         ref = lambda: np.zeros(len(item), np.float32)
-        return Pairs(side(0), side(1), ref(), ref(), np.where(item < 0, 0, margin[item]).astype(np.float32))
+        rest = ref(), ref(), np.where(item < 0, 0, margin[item]).astype(np.float32)
+        if together is not None:
+            return SharedPairs(fill_shared(corpus.docs, together, item, tokenizer.pad_id), *rest)
+        return Pairs(side(0), side(1), *rest)
 
-    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len)
+    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len, **({"share_prompt": True} if share_prompt else {}))
     return _offline(make, len(margin), corpus, options, batch_size, seed, shuffle, epochs, shard)
 
 

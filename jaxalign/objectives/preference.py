@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.ops.logprob import before, logprob, targets
-from jaxalign.types import Loss, Model, Objective, Pairs, Term, Tokens
+from jaxalign.types import BRANCH, Loss, Model, Objective, Pairs, SharedPairs, Term, Tokens
 
 log_sigmoid = jax.nn.log_sigmoid
 
@@ -38,16 +38,26 @@ def hinge_loss(a, b, n_w, n_l, beta):
     return jax.nn.relu(1 - beta * (a - b))
 
 
-def sequence_logps(model: Model, params, rows: Tokens):
-    """(log-prob sums f32[B], token count f32[B], entropy sum f32[]) over the completions."""
+def token_logps(model: Model, params, rows: Tokens):
+    """(LogProbs, mask f32[B,T]) of the completions."""
     h = model.hidden(params, rows.tokens, rows.segments, rows.positions)
     mask = targets(rows.mask, rows.segments)
-    out = logprob(before(h.x, rows.segments), model.unembed(params), rows.tokens, mask)
+    return logprob(before(h.x, rows.segments), model.unembed(params), rows.tokens, mask), mask
+
+
+def sequence_logps(model: Model, params, rows: Tokens):
+    """(log-prob sums f32[B], token count f32[B], entropy sum f32[]) over the completions."""
+    out, mask = token_logps(model, params, rows)
     return out.logp.sum(1), mask.sum(1), out.entropy.sum()
 
 
-def pair_logps(model: Model, params, batch: Pairs):
-    """One forward over 2B rows: (chosen f32[B], rejected f32[B], n_w, n_l, entropy sum)."""
+def pair_logps(model: Model, params, batch: Pairs | SharedPairs):
+    """(chosen f32[B], rejected f32[B], n_w, n_l, entropy sum): one forward over 2B rows, or over B that hold both."""
+    if isinstance(batch, SharedPairs):
+        out, mask = token_logps(model, params, batch.rows)
+        one = batch.rows.segments >> BRANCH == 1
+        of = lambda x, side: jnp.where(side, x, 0).sum(1)
+        return of(out.logp, one), of(out.logp, ~one), of(mask, one), of(mask, ~one), out.entropy.sum()
     B = batch.chosen.tokens.shape[0]
     rows = jax.tree.map(lambda w, l: jnp.concatenate([w, l]), batch.chosen, batch.rejected)
     logps, n, entropy = sequence_logps(model, params, rows)
@@ -60,7 +70,7 @@ def preference(model: Model, equation: Callable, *, beta: float) -> Objective:
     Reference log-probs ride in the batch (`rl.reference`). A pair with an empty mask weighs 0.
     """
 
-    def loss(params, frozen, aux, batch: Pairs, key, stats) -> Loss:
+    def loss(params, frozen, aux, batch: Pairs | SharedPairs, key, stats) -> Loss:
         w, l, n_w, n_l, entropy = pair_logps(model, params, batch)
         real = ((n_w > 0) & (n_l > 0)).astype(jnp.float32)
         a, b = (jnp.where(real > 0, x, 0.0) for x in (w - batch.ref_chosen, l - batch.ref_rejected))
@@ -79,7 +89,7 @@ def preference(model: Model, equation: Callable, *, beta: float) -> Objective:
         }
         return Loss(terms, metrics)
 
-    return Objective(loss)
+    return Objective(loss, shared=True)
 
 
 def dpo(model: Model, *, beta: float = 0.1) -> Objective:

@@ -1,7 +1,8 @@
 """Several continuations of one text in one row. The text (the trunk) is read once; each continuation (a branch) sees the
 trunk and itself, and its positions go on from the trunk's end.
 
-Rows with branches carry their segments as u32: segment + branch * 2^16, branch 0 being the trunk. Rows without carry i32.
+Rows with branches carry their segments as u32: segment + branch * 2^16, branch 0 being the trunk (so 65,535 segments a row,
+and as many branches each). Rows without carry i32.
 So the type of an array says which rule holds, and programs without branches are compiled as if there were none.
 """
 
@@ -11,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SHIFT = 16  # so 65,535 segments a row, and as many branches each
+from jaxalign.types import BRANCH
 
 
 def pack(segment, branch):
     """segment, branch i32[...] -> u32; padding (segment 0) stays 0. numpy or jax."""
     xp = jnp if isinstance(segment, jax.Array) else np
     segment = segment.astype(np.uint32)
-    return xp.where(segment != 0, segment + (xp.asarray(branch, np.uint32) << np.uint32(SHIFT)), np.uint32(0))
+    return xp.where(segment != 0, segment + (xp.asarray(branch, np.uint32) << np.uint32(BRANCH)), np.uint32(0))
 
 
 def branched(segments) -> bool:
@@ -27,7 +28,7 @@ def branched(segments) -> bool:
 
 def trunk(segments):
     """The segment without its branch; of rows without branches, the segment."""
-    return segments & np.uint32(2**SHIFT - 1) if branched(segments) else segments
+    return segments & np.uint32(2**BRANCH - 1) if branched(segments) else segments
 
 
 def same(q_segments, kv_segments):
