@@ -83,7 +83,7 @@ def run_sft(w, child, mesh):
 
 
 def shared_batches(w: Work):
-    """The same pairs, the prompt once: what `data.share_prompt` makes of them."""
+    """The same pairs, the prompt once: what `data.share_prompt` makes of them where that costs less."""
     for prompt, chosen, rejected in zip(*pairs(w)):
         P, C, zero = prompt.shape[1], chosen.shape[1], np.zeros(len(prompt), np.float32)
         branch = np.repeat([0, 1, 2], [P, C, C]).astype(np.uint32)
@@ -96,7 +96,9 @@ def shared_batches(w: Work):
 def run_dpo(w, child, mesh):
     """Against TRL's online reference ours is online too; against its precomputed one, ours is computed before the steps."""
     model = make_model(w)
-    source = reference.WithReference(Batches(shared_batches(w)), model, load(w, "policy", mesh), mesh)
+    width, apart, together = model.config.dim, w.seq, 2 * w.seq - w.seq // 4
+    batches = shared_batches(w) if branches.cost(width, together) < branches.cost(width, apart, apart) else pair_batches(w)
+    source = reference.WithReference(Batches(batches), model, load(w, "policy", mesh), mesh)
     if w.peer == "precompute":
         source = Batches([source.next(None) for _ in range(w.total + 1)])
     train(w, child, preference.dpo(model, beta=0.1), load(w, "policy", mesh), source, mesh)
@@ -129,7 +131,7 @@ def run_ppo(w, child, mesh):
     base = load(w, "policy", mesh)
     source = online.OnlineSource(
         Batches(make_prompts(w, ids, i) for i, ids in enumerate(prompts(w))), model, rewards.learned(scalar, load(w, "reward", mesh)), Sampling(max_new=w.new), mesh,
-        lambda p, rollout, scores, beta: experience.make_experience(model, scalar, p, base, rollout, scores, beta), epochs=w.epochs, kl=KL(0.05), kind=Experience,
+        lambda p, base, *x: experience.make_experience(model, scalar, p, base, *x), reference=base, epochs=w.epochs, kl=KL(0.05), kind=Experience,
     )  # fmt: skip
     train(w, child, ppo.ppo(model, scalar), params, source, mesh, updates=w.epochs, show=())
 
@@ -142,7 +144,7 @@ def run_grpo(w, child, mesh):
     source = online.OnlineSource(
         Batches(make_prompts(w, ids[: w.samples // w.group], i) for i, ids in enumerate(prompts(w))), model,
         rewards.python(lambda prompt, completion, record: reward_of(completion), lambda ids: " ".join(f"t{i}" for i in ids), mesh), Sampling(max_new=w.new), mesh,
-        lambda p, rollout, scores, beta: experience.group_experience(model, p, base, rollout, scores, **how), group=w.group,
+        lambda p, base, rollout, scores, beta: experience.group_experience(model, p, base, rollout, scores, **how), reference=base, group=w.group,
     )  # fmt: skip
     train(w, child, grpo.grpo(model, beta=w.beta), {"policy": load(w, "policy", mesh)}, source, mesh, show=())
 

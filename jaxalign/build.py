@@ -19,11 +19,11 @@ from jaxalign import shard, tree
 from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, adapter, adapts, base, check_finite, family, fields, has_critic, imported, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
-from jaxalign.ops import nn
+from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
 from jaxalign.rl import experience, online, rewards
 from jaxalign.rl.control import KL
-from jaxalign.rl.reference import WithReference
+from jaxalign.rl.reference import Precomputed, WithReference
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
@@ -143,7 +143,7 @@ def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None
 
 def _settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
-    out = plain(c)
+    out = {k: v for k, v in plain(c).items() if k != "reference_cache"}
     out["data"] = {k: v for k, v in out["data"].items() if k not in ("path", "eval_path")}
     return {**out, "train": {"steps": c.train.steps}, "model": plain(config.model), "seed": config.seed}
 
@@ -209,7 +209,9 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         else:
             model, params = w.model, adapted(w, c, key, trunk if trunk is not None else draw(w.model.specs(), "policy"))[0]
         objective = maker(model, **options)
-        how = {"share_prompt": True} if objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh) else {}
+        share = objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh)
+        cost = lambda *x: branches.cost(model.config.dim, *x)
+        how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {}
         source = data_source(w, c.data, c.data.path, batch, seed, **how)
         if "reference" in c and not (c.reference or c.init):
             if kind in OBJECTIVES:
@@ -217,7 +219,11 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         elif "reference" in c:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
             reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
-            source = WithReference(source, w.model, reference, w.mesh)
+            if c.reference_cache or loop.steps * batch > source.size:  # else no pair is drawn twice
+                known = state.fingerprint(reference), repr(w.model.config), source.contents
+                source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known)
+            else:
+                source = WithReference(source, w.model, reference, w.mesh)
             from jaxalign.rl.reference import add_reference
 
             prepare = lambda b: add_reference(w.model, reference, b)
@@ -263,13 +269,13 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
     shaping = {**plain(ConfigDict({k: rl[k] for k in fields(make) if k in rl})), **takes(make)}
     if rl.staleness and shaping["importance_cap"] is None:
         shaping["importance_cap"] = 2.0  # what an older policy sampled is not trained on as if it were its own
-    how = dict(epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
+    how = dict(reference=reference, epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
     if has_critic(maker):
         value, critic = _critic(w, name, c, scalar, learned, draw, key)
         mix = None
         if options["ptx_coef"]:
             mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
-        step_of = lambda params, rollout, scores, beta: make(model, value, params, reference, rollout, scores, beta, **shaping)
+        step_of = lambda params, reference, rollout, scores, beta: make(model, value, params, reference, rollout, scores, beta, **shaping)
         how |= dict(kl=KL(rl.beta, rl.target, rl.horizon), mix=mix, kind=Experience)
         objective, params = maker(model, value, **options), {"policy": policy, "value": critic}
     else:
@@ -279,7 +285,7 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
         if c.data.share_prompt and shares_prompt(model, w.mesh):
             parts = rl.minibatches * c.data.accumulate * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
-        step_of = lambda params, rollout, scores, beta: make(model, params, reference, rollout, scores, **shaping)
+        step_of = lambda params, reference, rollout, scores, beta: make(model, params, reference, rollout, scores, **shaping)
         how |= dict(group=rl.group)
         objective, params = maker(model, **options), {"policy": policy}
     return model, objective, online.OnlineSource(prompts, model, scorer, sampling(w, c.sampling), w.mesh, step_of, **how), params

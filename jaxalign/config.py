@@ -158,6 +158,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
     elif kind == "pairs":
         c["reference"] = ""  # "": the stage's own init
+        c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
     if kind == "prompts":
         critic = has_critic(maker)
         c["rl"] = {

@@ -132,6 +132,7 @@ def test_groups_that_share_their_prompt(make):
 
 
 def test_how_many_share_a_row():
+    assert branches.cost(1024, 1200) < branches.cost(1024, 1100, 1100) and branches.cost(16, 520) > branches.cost(16, 260, 260)
     assert answers_per_row(8, prompt=1000, new=50, dim=1024, rows=64, parts=1) == 8  # a long prompt, read once
     assert answers_per_row(8, prompt=4, new=500, dim=64, rows=64, parts=1) == 1  # nothing to save
     assert answers_per_row(8, prompt=1000, new=50, dim=1024, rows=64, parts=16) == 4  # 64 / 8 rows would not divide into 16

@@ -66,6 +66,12 @@ class Offline:
         return batch
 
     @property
+    def contents(self) -> str:
+        """SHA-256 of all that decides what the items hold, in whatever order and batches they are drawn."""
+        options = {k: v for k, v in self._parts["options"].items() if k not in ("batch_size", "seed", "shuffle")}
+        return hashlib.sha256(json.dumps({**self._parts, "options": options}, sort_keys=True).encode()).hexdigest()
+
+    @property
     def epoch(self) -> float:
         """Epochs drawn so far, a fraction."""
         return self._batch * self.batch_size / self.size
@@ -205,12 +211,12 @@ def pairs_source(
     format: str | Callable | None = None,
     max_drop: float = 0.5,
     vocab_size: int | None = None,
-    share_prompt: bool = False,
+    share_prompt: Callable[[int, int], bool] | None = None,
 ) -> Offline:
     """`Pairs` [B,T], T = max_len (None: the longest of the set). References are 0 until `rl.reference` fills them.
 
-    share_prompt: `SharedPairs`, the prompt once and both completions behind it in one row; rows are as long as the longest
-    needs, and the report counts the tokens saved as shared_tokens.
+    share_prompt: where it says yes to (the length of rows apart, of shared ones), `SharedPairs`: the prompt once and both
+    completions behind it in one row. The report counts the tokens that this saves an epoch as shared_tokens.
 
     A pair is dropped and counted, as a pair, when either side is above max_len or its prompt above max_prompt_len.
     """
@@ -232,6 +238,8 @@ def pairs_source(
 
     one = 2 * np.arange(len(margin))
     together = share(corpus.docs, one, one + 1) if share_prompt else None
+    if together is not None and not share_prompt(length, together.seq_len):
+        together = None
     if together is not None:
         corpus.counts["shared_tokens"] = int(together.length[::3].sum())
 
@@ -243,7 +251,7 @@ def pairs_source(
             return SharedPairs(fill_shared(corpus.docs, together, item, tokenizer.pad_id), *rest)
         return Pairs(side(0), side(1), *rest)
 
-    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len, **({"share_prompt": True} if share_prompt else {}))
+    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len, **({"share_prompt": True} if together is not None else {}))
     return _offline(make, len(margin), corpus, options, batch_size, seed, shuffle, epochs, shard)
 
 

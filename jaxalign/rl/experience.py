@@ -160,8 +160,6 @@ def group_experience(
 
 def answers_per_row(group: int, prompt: int, new: int, dim: int, rows: int, parts: int) -> int:
     """How many answers of a group best share a row: each one more saves its prompt, and makes the attention of all longer.
-    rows (of one answer) must still divide into `parts`. Multiply-adds of a layer per token: 12 D^2 in matrices, T D in causal
-    attention, which runs at about a third of the matrices' speed.
-    """
-    cost = lambda k: (prompt + k * new) * (12 * dim + 3 * (prompt + k * new)) / k
-    return min((k for k in range(1, group + 1) if group % k == 0 and (rows // k) % parts == 0), key=cost)
+    rows (of one answer) must still divide into `parts`."""
+    fits = [k for k in range(1, group + 1) if group % k == 0 and (rows // k) % parts == 0]
+    return min(fits, key=lambda k: branches.cost(dim, prompt + k * new) / k)

@@ -29,7 +29,7 @@ def repeated(prompts: Prompts, group: int) -> Prompts:
 
 
 class OnlineSource:
-    """`experience(params, rollout, scores, beta) -> (experience, metrics)` makes of a rollout what the objective reads
+    """`experience(params, reference, rollout, scores, beta) -> (experience, metrics)` makes of a rollout what the objective reads
     (`rl.experience`): a `kind` of NamedTuple, whose rows are cut into minibatches.
 
     staleness S: iteration i trains on what was sampled with the params of iteration i - S (of the first, in the first S), so
@@ -50,6 +50,7 @@ class OnlineSource:
         mesh,
         experience: Callable,
         *,
+        reference=None,
         group: int = 1,
         epochs: int = 1,
         minibatches: int = 1,
@@ -62,7 +63,7 @@ class OnlineSource:
         rollout_mesh=None,
         kind: type = GroupExperience,
     ):
-        self.prompts, self.model, self.scorer, self.sampling, self.mesh, self._make = prompts, model, scorer, sampling, mesh, experience
+        self.prompts, self.model, self.scorer, self.sampling, self.mesh, self._make, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
@@ -110,7 +111,7 @@ class OnlineSource:
         entry = self._queue.pop(0)
         rollout = self._here(entry["rollout"])
         scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
-        self.experience, metrics = self._make(params, rollout, scores, self.beta)
+        self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
         self._metrics = {k: float(v) for k, v in metrics.items()}
         if self.staleness:
             self._metrics["staleness"] = float(self.iteration - entry["born"])

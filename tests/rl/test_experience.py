@@ -132,8 +132,8 @@ def learner(seed):
 def source(scorer=None, **more):
     by_length = lambda rollout, prompts: jnp.asarray(rollout.mask).sum(1)
     reference = tiny.init(tiny.LLAMA, 9)
-    make = lambda params, rollout, scores, beta: make_experience(tiny.LLAMA, None, params, reference, rollout, scores, beta, temperature=HOW.temperature)
-    options = {"epochs": 2, "minibatches": 4, "kind": Experience, **more}
+    make = lambda params, reference, rollout, scores, beta: make_experience(tiny.LLAMA, None, params, reference, rollout, scores, beta, temperature=HOW.temperature)
+    options = {"epochs": 2, "minibatches": 4, "kind": Experience, "reference": reference, **more}
     return OnlineSource(PromptSource(), tiny.LLAMA, scorer or by_length, HOW, MESH, make, **options)
 
 
