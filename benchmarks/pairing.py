@@ -19,11 +19,12 @@ from typing import Callable
 class Child:
     """In a measured program: `done()` ends a step, reports it and waits for the next turn."""
 
-    def __init__(self, memory: Callable[[], int] | None = None):
+    def __init__(self, memory: Callable[[], int] | None = None, compiling: Callable[[], float] | None = None):
+        """memory: bytes of the device at their peak; compiling: seconds spent on compilation so far."""
         # Libraries print; what the parent reads goes through a descriptor of its own.
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._memory = memory or (lambda: 0)
+        self._memory, self._compiling = memory or (lambda: 0), compiling or (lambda: 0.0)
         self._clock()
 
     def _clock(self):
@@ -34,7 +35,7 @@ class Child:
         wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
         # ru_maxrss is in KiB on Linux.
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"wall": wall, "cpu": cpu, "mib": rss, "device_mib": self._memory() / 2**20, "values": values}), file=self._out, flush=True)
+        print(json.dumps({"wall": wall, "cpu": cpu, "mib": rss, "device_mib": self._memory() / 2**20, "compiling": self._compiling(), "values": values}), file=self._out, flush=True)
         if not sys.stdin.readline():
             os._exit(0)  # the parent has seen enough; trainers would go on to save and log
         self._clock()

@@ -74,6 +74,20 @@ def units(w: Work) -> tuple[int, str]:
     }[w.task]
 
 
+def flops(w: Work) -> float | None:
+    """Model FLOPs of a training step: 2 per weight and token forward (the whole head), 2 L D T for causal attention, counted
+    half; backward twice that; a reference that runs in the step forward once. No recomputation, nothing saved by either side."""
+    dim, layers, heads, kv, hidden, vocab = SIZES[w.size]
+    attention = layers * (2 * dim * dim + 2 * dim * dim * kv // heads)
+    forward = 2 * (attention + layers * 3 * dim * hidden) + 2 * layers * dim * w.seq
+    tokens, head = w.batch * w.seq, 2 * dim * vocab
+    if w.task == "sft":
+        return 3 * (forward + head) * tokens
+    if w.task == "dpo":
+        return (3 if w.peer == "precompute" else 4) * (forward + head) * 2 * tokens
+    return 3 * forward * 2 * tokens if w.task == "reward" else None
+
+
 def _draw(w: Work, *shape: int) -> np.ndarray:
     return np.random.default_rng([7, *shape]).integers(4, w.vocab, shape).astype(np.int32)
 

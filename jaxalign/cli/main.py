@@ -95,6 +95,8 @@ def _explain(e: Exception, fv: flags.FlagValues, argv: list[str]) -> str:
 
 def run(argv: list[str] | None = None) -> None:
     """Entry point. Exit code 0, 2 for what the user can mend, 143 when interrupted after saving."""
+    if argv is None:
+        _huge_pages()
     argv = list(sys.argv if argv is None else argv)
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(HELP)
@@ -122,6 +124,17 @@ def run(argv: list[str] | None = None) -> None:
     except UserError as e:
         print(f"jaxalign: error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+def _huge_pages() -> None:
+    """Start this command once more, with huge pages from malloc (glibc on Linux, which asks for them at its start only).
+
+    XLA's CPU backend gives a step's buffers back to the system when the step is over, and takes them anew for the next one: in
+    pages of 4 KiB that is a quarter of a million page faults a step for a model of 15 M parameters, a fifth of its time.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and os.confstr("CS_GNU_LIBC_VERSION"):
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _environment() -> None:
