@@ -132,7 +132,7 @@ def _huge_pages() -> None:
     XLA's CPU backend gives a step's buffers back to the system when the step is over, and takes them anew for the next one: in
     pages of 4 KiB that is a quarter of a million page faults a step for a model of 15 M parameters, a fifth of its time.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and os.confstr("CS_GNU_LIBC_VERSION"):
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and "CS_GNU_LIBC_VERSION" in os.confstr_names and os.confstr("CS_GNU_LIBC_VERSION"):
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
