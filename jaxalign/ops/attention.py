@@ -2,6 +2,7 @@
 
   a row attends to itself, causal         time is cut by the mesh      `ring`
   queries and keys of one length          on TPUs                      `splash`, where the shapes suit it
+  a row attends to itself                 on GPUs                      `flash`, where the shapes suit it
   a row attends to itself, causal         anywhere else                by blocks of queries
   a cache, a bias, another sequence                                    the plain form
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.ops import ring, splash
+from jaxalign.ops import flash, ring, splash
 from jaxalign.ops.masks import MASKED, visible
 from jaxalign.ops.nn import wide
 
@@ -113,6 +114,8 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
         return ring.attend(softcap, q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, window)
     if whole and fixed and splash.fits(T, S, H):
         return splash.attend(q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, kv_segments, causal=causal, window=window, softcap=softcap)
+    if whole and q_segments is kv_segments and flash.fits(q, k, window, softcap):
+        return flash.attend(q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, causal=causal)
     # Heads before time: every product below is then a plain batched matrix product.
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
