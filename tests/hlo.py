@@ -8,12 +8,14 @@ ARRAY = re.compile(r"\b(?:pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 # An instruction's result type stands between "=" and the name of what makes it; "-start" is the asynchronous form, whose
 # "-done" would count it twice.
-MADE = re.compile(r"= (\(.*?\)|\S+) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(([^\n]*)")
+MADE = re.compile(r"= (\(.*?\)|\S+) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(")
+# How a TPU program spells a reduce-scatter: a computation of this name, an all-reduce of which each device keeps its part.
+FUSED = "%all-reduce-scatter"
 
 
 class Collective(NamedTuple):
     kind: str
-    shapes: tuple[tuple[int, ...], ...]  # of what it makes, per device
+    shapes: frozenset[tuple[int, ...]]  # of what it makes, per device, without dimensions of 1
 
     @property
     def size(self) -> int:
@@ -25,5 +27,13 @@ def shapes(text: str) -> set[tuple[int, ...]]:
     return {tuple(map(int, s.split(","))) if s else () for s in ARRAY.findall(text)}
 
 
-def collectives(text: str) -> list[Collective]:
-    return [Collective(kind, tuple(shapes(made))) for made, kind, _ in MADE.findall(text)]
+def collectives(text: str) -> set[Collective]:
+    out, fused = set(), False
+    make = lambda kind, made: out.add(Collective(kind, frozenset(tuple(n for n in s if n != 1) for s in shapes(made))))
+    for line in text.splitlines():
+        if line.endswith("{") and line.startswith(("%", "ENTRY")):
+            if fused := line.startswith(FUSED):
+                make("reduce-scatter", line.rsplit("->", 1)[1])
+        elif not fused and (m := MADE.search(line)):
+            make(m[2], m[1])
+    return out
