@@ -17,7 +17,7 @@ from jaxalign.objectives import lm
 from jaxalign.train import optim, state, step
 from jaxalign.types import Tokens
 
-B, T, V, D = 8, 32, 80, 24
+B, T, V, D = 8, 48, 80, 24  # no two products of pieces alike, as far as that goes
 DENSE = decoder.model(vocab=V, dim=D, layers=1, heads=4, kv_heads=2, head_dim=8, hidden=56, tied=False)
 EXPERTS = decoder.model(vocab=V, dim=D, layers=1, heads=4, kv_heads=2, head_dim=8, hidden=56, experts=8, tied=False)
 
@@ -70,22 +70,21 @@ def test_fsdp_gathers_weights_and_keeps_its_part_of_everything():
     assert c.memory_analysis().argument_size_in_bytes < 3 * (params / 8 + 3 * 4 * D) + batch / 8 + 64
 
 
-def test_tensor_cuts_the_vocabulary_and_gathers_no_weight():
-    c, kind = program(DENSE, data=2, tensor=4)
-    held = hlo.shapes(c.as_text())
+def test_tensor_cuts_the_vocabulary_and_gathers_nothing():
+    c, kind = program(DENSE, data=4, tensor=2)
+    held, rows = hlo.shapes(c.as_text()), B // 4 * T
     assert not [s for s in held if V in s and s != (V,)]  # neither weights nor logits, whole
-    assert [s for s in held if s[-1:] == (V // 4,) and math.prod(s) >= B * T * V // 8]  # the logits of this device
-    assert not [s for s in kind["all-gather"] if math.prod(s) >= D * D]
-    assert not kind["reduce-scatter"] and (B // 2, T, D) in kind["all-reduce"] | {s for s in kind["all-reduce"]} | {(B // 2, T, D) for s in kind["all-reduce"] if math.prod(s) == B * T * D // 2}
+    assert [s for s in held if s[-1:] == (V // 2,) and math.prod(s) == rows * V // 2]  # the logits of this device
+    assert not kind["all-gather"] and [s for s in kind["all-reduce"] if math.prod(s) == rows * D]  # after every second weight
 
 
-def test_context_moves_keys_and_values_and_gathers_nothing():
+def test_context_moves_keys_and_values_and_gathers_no_activation():
     c, kind = program(DENSE, fsdp=2, context=4)
-    assert not [s for s in kind["all-gather"] if s not in weights(DENSE, shard.make_mesh({}), ("fsdp",))]
-    b, t = B // 2, T // 4
+    held, b, t = hlo.shapes(c.as_text()), B // 2, T // 4
+    assert kind["all-gather"] <= weights(DENSE, shard.make_mesh({}), ("fsdp",))
     assert (2, b, 2, t // 2, 8) in kind["collective-permute"]  # two halves of the keys
-    assert not [s for s in hlo.shapes(c.as_text()) if T in s and math.prod(s) >= b * T * D]  # no activation of a whole row
-    assert not [s for s in hlo.shapes(c.as_text()) if s[-2:] == (t, t)]  # and no square of a slice: halves meet halves
+    assert not [s for s in held if T in s and math.prod(s) >= b * T * D]  # no activation of a whole row
+    assert not [s for s in held if s[-2:] == (t, t)] and [s for s in held if s[-2:] == (t // 2, t // 2)]  # halves meet halves
 
 
 def test_experts_stay_where_they_are():
@@ -111,7 +110,7 @@ def tpu(sizes):
 
 
 def test_a_tpu_program_holds_splash_attention_and_scatters_its_gradients():
-    t, v, d = 256, 1024, 128
+    t, v, d = 512, 2048, 256  # large enough: the compiler spells small ones as an all-reduce of many at once
     model = decoder.model(vocab=v, dim=d, layers=1, heads=4, kv_heads=2, head_dim=64, hidden=384, tied=False, dtype="bfloat16")
     mesh = tpu({"fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
