@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxalign import shard
 from jaxalign.ops import attention, flash, splash
@@ -115,12 +115,16 @@ def test_the_platform_and_the_shape_pick_the_form(monkeypatch):
     assert pick("gpu", x(256), x(256), window=32) == pick("gpu", x(256, dtype="float32"), x(256, dtype="float32")) == "ours"
 
 
-def test_a_gpu_program_holds_the_kernel_and_no_square(monkeypatch):
-    """Lowered for CUDA on whatever machine this is: forward and backward kernels, packed rows, no mask of T x T."""
-    monkeypatch.setattr(shard, "platform", lambda: "gpu")
+def test_a_gpu_program_holds_the_kernel_and_no_square():
+    """Lowered on whatever machine this is, for one GPU of the mesh in context: forward and backward kernels, packed rows, no
+    mask of T x T."""
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,) * 5, shard.AXES, axis_types=(AxisType.Auto,) * 5, abstract_device=gpu)
     T = 128
     q, k, v, segments = (jnp.asarray(x, jnp.int32 if x.ndim == 2 else jnp.bfloat16) for x in draw(1, T, 2, 1, 16))
     loss = lambda q, k, v: attention.attend(q, k, v, q_segments=segments, kv_segments=segments).astype(jnp.float32).sum()
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert shard.platform() == "gpu"
+        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     assert "mha_forward" in text and "mha_backward" in text and "triton" in text
     assert f"{T}x{T}x" not in text
