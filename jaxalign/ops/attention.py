@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxalign import shard
 from jaxalign.ops import flash, ring, splash
-from jaxalign.ops.masks import MASKED, visible
+from jaxalign.ops.masks import EVERYTHING, MASKED, visible
 from jaxalign.ops.nn import wide
 
 # Queries per block of the causal form, at least: each block reads only the keys before its end.
@@ -97,18 +97,23 @@ def _causal_bwd(softcap, saved, g):
 _causal.defvjp(_causal_fwd, _causal_bwd)
 
 
-def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, positions=None, scale=None, softcap=None, bias=None) -> jax.Array:
+def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, windowed=None, positions=None, scale=None, softcap=None, bias=None) -> jax.Array:
     """Softmax attention: q [B,T,N,H], k and v [B,S,K,H] -> [B,T,N,H].
 
     q_segments i32[B,T], kv_segments i32[B,S]; `start` is the slot of the first query (the cache's length before it).
     `window`: how many keys a query sees, itself included (None: all); it may be traced, and needs `positions` (i32[B,T],
-    i32[B,S]) where keys lie in a cache with holes. `softcap` c bounds scores by
+    i32[B,S]) where keys lie in a cache with holes. `windowed` bool[]: whether it holds (None: yes), for layers that differ
+    within one program. `softcap` c bounds scores by
     c tanh(s / c) (Gemma 2, 2408.00118, section 2). `bias` f[N,T,S] or [B,N,T,S] is added to scaled scores (T5).
     """
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     scale = H**-0.5 if scale is None else scale
     whole = T == S and bias is None and isinstance(start, int)  # rows of their own length, no cache
+    if windowed is not None and whole and shard.platform() != "cpu" and shard.ways("time") == 1:
+        form = functools.partial(attend, q_segments=q_segments, kv_segments=kv_segments, causal=causal, scale=scale, softcap=softcap)
+        return jax.lax.cond(windowed, functools.partial(form, window=window), form, q, k, v)  # a kernel for each, of which one runs
+    window = window if windowed is None else jnp.where(windowed, window, EVERYTHING)
     fixed = window is None or isinstance(window, int)  # a window that a kernel can know
     if whole and causal and ring.fits(T):
         return ring.attend(softcap, q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, window)

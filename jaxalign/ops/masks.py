@@ -6,6 +6,8 @@ import jax
 
 # Where masked scores go. Finite, so that a row that sees nothing gives a finite mean and finite gradients.
 MASKED = -1e30
+# A window that hides nothing.
+EVERYTHING = 2**30
 
 
 def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window=None, positions=None) -> jax.Array:

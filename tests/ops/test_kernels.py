@@ -42,6 +42,16 @@ def test_splash(T, K, causal, window, softcap):
     assert max(far(form, q, k, v, segments, causal=causal, window=window, softcap=softcap)) < 5e-5
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_layers_that_differ_in_the_window_choose_between_two_kernels(local, monkeypatch):
+    """As in Gemma 2, where a scan tells each layer whether its window holds."""
+    monkeypatch.setattr(shard, "platform", lambda: "tpu")
+    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
+    q, k, v, segments = draw(1, 128, 2, 1, 8)
+    form = lambda local: lambda q, k, v: attention.attend(q, k, v, q_segments=segments, kv_segments=segments, scale=1.0, window=20, windowed=local)
+    assert max(far(form(jnp.asarray(local)), q, k, v, segments, window=20 if local else None)) < 5e-5
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_flash(causal):
     q, k, v, segments = draw(1, 128, 2, 1, 16)
