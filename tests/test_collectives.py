@@ -110,8 +110,9 @@ def tpu(sizes):
 
 
 def test_a_tpu_program_holds_splash_attention_and_scatters_its_gradients():
-    t, v, d = 512, 2048, 256  # large enough: the compiler spells small ones as an all-reduce of many at once
-    model = decoder.model(vocab=v, dim=d, layers=1, heads=4, kv_heads=2, head_dim=64, hidden=384, tied=False, dtype="bfloat16")
+    # Of a real width: the compiler spells the scatter of small weights as one all-reduce of many.
+    t, v, d = 384, 4096, 1024
+    model = decoder.model(vocab=v, dim=d, layers=1, heads=8, kv_heads=4, hidden=2304, tied=False, dtype="bfloat16")
     mesh = tpu({"fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         assert shard.platform() == "tpu"
