@@ -70,7 +70,7 @@ def test_moments_carry_their_parameters_sharding(mesh):
 def test_rows(mesh):
     assert shard.batch_shards(mesh) == 4 and shard.batch_shards() == 1
     assert shard.local_rows(mesh, 8) == (0, 1)  # one process feeds everything
-    with pytest.raises(UserError, match="batch size 6 is not a multiple of data x fsdp = 4"):
+    with pytest.raises(UserError, match="batch size 6 is not a multiple of data x fsdp x expert = 4"):
         shard.local_rows(mesh, 6)
     batch = {"tokens": np.arange(8).reshape(8, 1), "beta": np.float32(2), "done": jnp.ones(3)}
     placed = shard.place(batch, mesh)
@@ -99,6 +99,40 @@ def test_a_process_feeds_the_rows_of_its_devices(monkeypatch, mesh):
         devices = {m.devices.flat[i] for i in mine}
         monkeypatch.setattr(shard, "batch_sharding", lambda _, m=m, d=devices: Mine(m, d))
         assert shard.local_rows(m, 16) == want
+
+
+def test_local_pieces(mesh):
+    """Sums, maxima, gathers and indices by hand, against the whole; the weight's gradient comes back in its own pieces."""
+    x, w = np.arange(8 * 6, dtype=np.float32).reshape(8, 6), np.arange(4 * 2, dtype=np.float32).reshape(4, 2)
+
+    def f(pieces, x, w):
+        assert (x.shape, w.shape) == ((2, 6), (2, 1)) and pieces.ways("batch") == 4 and pieces.ways("time") == 1
+        full = pieces.whole(pieces.whole(w, 1, "embed"), 0, "vocab")
+        dw = x.sum() * (jnp.ones((2, 2)) + pieces.index("vocab"))
+        return pieces.sum(x.sum(), "batch", "time"), pieces.max(x.max(), "batch"), full.sum(), pieces.sum(dw, "batch", scatter=(1, "embed"))
+
+    with jax.set_mesh(mesh):
+        total, top, full, dw = jax.jit(shard.local(f, "batch time", "vocab embed", out=("", "", "", "vocab embed")))(x, w)
+    assert (total, top, full) == (x.sum(), x.max(), w.sum())
+    np.testing.assert_array_equal(dw, x.sum() * np.array([[1, 1], [1, 1], [2, 2], [2, 2]]))
+    assert dw.sharding.spec == P("tensor", "fsdp")
+
+
+def test_local_leaves_whole_what_does_not_divide(mesh):
+    """Seven rows and three ids: nothing is cut, and sums are no sums. So it is without a mesh."""
+    seen = []
+
+    def f(pieces, x, w):
+        seen.append((x.shape, w.shape, pieces.axes))
+        return pieces.sum(x.sum(), "batch") + pieces.index("vocab") + pieces.whole(w, 1, "embed").sum()
+
+    run = shard.local(f, "batch .", "vocab embed", out="")
+    with jax.set_mesh(mesh):
+        assert jax.jit(run)(np.ones((7, 2)), np.ones((3, 4))) == 26
+        assert shard.ways("batch") == 4 and shard.platform() == "cpu"
+        jax.jit(run)(np.ones((8, 2)), np.ones((3, 4)))
+    assert run(np.ones((8, 2)), np.ones((4, 4))) == 32 and shard.ways("batch") == 1
+    assert seen == [((7, 2), (3, 4), {}), ((2, 2), (3, 2), {"batch": ("data", "fsdp"), "embed": ("fsdp",)}), ((8, 2), (4, 4), {})]
 
 
 def test_constrain(mesh):

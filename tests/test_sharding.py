@@ -1,4 +1,6 @@
-"""The same curve on eight simulated devices (data 2 x fsdp 2 x tensor 2) as on one, for every objective."""
+"""The same curve on eight simulated devices as on one: every objective on data 2 x fsdp 2 x tensor 2, and every axis and products of them."""
+
+import functools
 
 import jax
 import numpy as np
@@ -26,7 +28,7 @@ def meshes():
 def specs_of(name):
     if name == "ppo":
         return {"policy": tiny.LLAMA.specs(), "value": heads.specs(tiny.LLAMA.config.dim)}
-    return {"lm_gpt2": tiny.GPT2, "pairs": tiny.SCALAR, "rankings": tiny.SCALAR}.get(name, tiny.LLAMA).specs()
+    return {"lm_gpt2": tiny.GPT2, "lm_experts": tiny.EXPERTS, "pairs": tiny.SCALAR, "rankings": tiny.SCALAR}.get(name, tiny.LLAMA).specs()
 
 
 def curve(name, mesh, batches, accumulate=1):
@@ -64,6 +66,37 @@ def test_the_mesh_follows_one_device(name, meshes):
     big = s8.params["policy"] if name == "ppo" else s8.params.get("trunk", s8.params)
     assert len({x.device for x in big["embed"].addressable_shards}) == 8
     assert big["embed"].addressable_shards[0].data.shape == (8, 8)  # [V 16, D 16] over tensor 2 and fsdp 2
+
+
+@functools.cache
+def alone(name, T):
+    """(batches, losses and last state on one device) of six steps of rows of T tokens."""
+    make = tiny.CASES[name][2]
+    batches = [make(np.random.default_rng(i % 3), 8, T) for i in range(6)]
+    return batches, *curve(name, shard.make_mesh({}, jax.devices()[:1]), batches)
+
+
+MESHES = [
+    ("lm_smooth", {"fsdp": 8}),
+    ("lm_smooth", {"fsdp": 2, "tensor": 4}),  # four ways to cut two key heads
+    ("lm_smooth", {"context": 8}),
+    ("lm_smooth", {"fsdp": 2, "tensor": 2, "context": 2}),
+    ("dpo", {"data": 2, "tensor": 2, "context": 2}),
+    ("ppo", {"fsdp": 2, "tensor": 2, "context": 2}),
+    ("lm_experts", {"fsdp": 2, "expert": 4}),
+    ("lm_experts", {"tensor": 2, "context": 2, "expert": 2}),
+]
+
+
+@pytest.mark.parametrize("name, sizes", MESHES, ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}{n}" for k, n in x.items()))
+def test_every_axis_follows_one_device(name, sizes):
+    """Six steps: losses to 2e-5, and what they led to; time is really cut (T = 16 is two halves for each of eight devices)."""
+    batches, one, s1 = alone(name, 16)
+    many, s8 = curve(name, shard.make_mesh({"data": 1, **sizes}), batches)
+    np.testing.assert_allclose(many, one, rtol=2e-5, atol=1e-6)
+    assert np.ptp(one) > 1e-3 * abs(one[0])
+    gap = tiny.far(jax.tree.map(np.asarray, s8.params), jax.tree.map(np.asarray, s1.params))
+    assert gap < 1e-4, gap
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -23,8 +23,6 @@ from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
 
-EVERYTHING = 2**30  # a window that hides nothing
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -180,12 +178,11 @@ def _gated(cfg: Config, p, h):
 
 def _mixture(cfg: Config, p, h, segments):
     """(the experts' output, the load they got)."""
-    rows = nn.rows(h)
-    weight, expert, probabilities = moe.route(rows, p["router"], cfg.experts_per_token, cfg.renormalise)
-    y = moe.experts(rows, weight, expert, p["experts"], nn.ACTIVATIONS[cfg.activation]).reshape(h.shape)
+    weight, expert, probabilities = moe.route(h, p["router"], cfg.experts_per_token, cfg.renormalise)
+    y = moe.experts(h, weight, expert, p["experts"], nn.ACTIVATIONS[cfg.activation])
     if cfg.shared_hidden:
         y = y + jax.nn.sigmoid(nn.linear(h, p["shared"]["mix"])) * _gated(cfg, p["shared"], h)
-    return y, moe.load(probabilities, expert, (segments != 0).reshape(-1).astype(probabilities.dtype))
+    return y, moe.load(probabilities, expert, (segments != 0).astype(probabilities.dtype))
 
 
 def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> nn.Hidden:
@@ -204,7 +201,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     def block(p, carry, kv, kind=None):
         x, load = carry
         local = kind["local"] if mixed else cfg.local[0]
-        window = (jnp.where(local, cfg.window, EVERYTHING) if mixed else cfg.window if local else None) if cfg.window else None
+        window = cfg.window if mixed or local else None
         h = norm(x, p["attn_norm"]) if cfg.norm != "post" else x
         q, k, v = _qkv(cfg, p, h)
         here = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, table) if mixed and cfg.window_theta else near if local is True else table
@@ -213,7 +210,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
             kv, k, v = nn.cache_write(kv, k, v, start)
         at = None if kv is None or window is None else (positions, cache["positions"])
         a = attend(
-            q, k, v, q_segments=segments, kv_segments=kv_segments, start=start, window=window, positions=at, scale=cfg.query_scale, softcap=cfg.attn_softcap
+            q, k, v, q_segments=segments, kv_segments=kv_segments, start=start, window=window, windowed=local if mixed else None, positions=at, scale=cfg.query_scale, softcap=cfg.attn_softcap
         )  # fmt: skip
         a = nn.linear(a.reshape(B, T, -1), p["o"], p.get("o_bias"))
         x = spread(x + (a if cfg.norm == "pre" else norm(a, p["attn_post_norm"])))
