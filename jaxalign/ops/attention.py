@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops.nn import wide
+from jaxalign.ops.nn import name, wide
 
 # Where masked scores go. Finite, so that a row that sees nothing gives a finite mean and finite gradients.
 MASKED = -1e30
@@ -75,7 +75,8 @@ def _causal_fwd(softcap, q, k, v, segments, window):
         total = p.sum(-1, keepdims=True)
         out.append(jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, :b], preferred_element_type=wide(q)) / total)
         lse.append(top + jnp.log(total))
-    out, lse = jnp.concatenate(out, -2).astype(v.dtype), jnp.concatenate(lse, -2)
+    # Both are named: a remat policy that keeps them need not run the forward pass again.
+    out, lse = name((jnp.concatenate(out, -2).astype(v.dtype), jnp.concatenate(lse, -2)), "attn")
     return out, (q, k, v, segments, window, out, lse)
 
 
@@ -120,5 +121,5 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
         out = _causal(softcap, q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
     else:
         ok = visible(q_segments, kv_segments, start + jnp.arange(T), jnp.arange(S), causal=causal, window=window, positions=positions)
-        out = _plain(q, k, v, ok, scale, softcap, bias)
+        out = name(_plain(q, k, v, ok, scale, softcap, bias), "attn")
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
