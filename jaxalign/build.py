@@ -47,8 +47,9 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
 
     def evaluate(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
+        params = state.averaged(s)
         for batch in sources.eval_batches(source):
-            out = sums(s.params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
+            out = sums(params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
             for k, v in jax.device_get(out).items():
                 total[k] = total.get(k, 0.0) + np.array(v, np.float64)
         tokens = {"tokens": float(total["nll"][1])} if counts else {}
@@ -90,7 +91,7 @@ class Stage:
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
-            st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh)
+            st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh, offload=c.optim.offload)
             fn = step.make_step(
                 self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
                 shardings=jax.tree.map(lambda x: x.sharding, st),
@@ -104,7 +105,8 @@ class Stage:
                 peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
-            params = tree.merge(st.params, self.base) if self.base is not None else st.params
+            params = state.averaged(st)
+            params = tree.merge(params, self.base) if self.base is not None else params
             params = params["policy"] if c.objective.name == "ppo" else params
             if not adapts(c):
                 return params
@@ -144,6 +146,7 @@ def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None
 def _settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
     out = plain(c)
+    out["optim"].pop("offload")  # where the state lies, like the mesh
     out["data"] = {k: v for k, v in out["data"].items() if k not in ("path", "eval_path")}
     return {**out, "train": {"steps": c.train.steps}, "model": plain(config.model), "seed": config.seed}
 
@@ -163,6 +166,8 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     if min(batch, c.data.accumulate, parts) < 1 or batch % (parts * c.data.accumulate * shards):
         raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else ""))
     try:
+        if c.get("frozen_dtype", "float32") not in ("float32", "bfloat16"):
+            raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(c.rl.beta, c.rl.target, c.rl.horizon)
             if c.rl.epochs < 1 or c.rl.kl_estimator not in KL_ESTIMATORS:
@@ -209,7 +214,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
                 raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
         elif "reference" in c:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
-            reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
+            reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference", c.frozen_dtype)
             source = WithReference(source, w.model, reference, w.mesh)
             from jaxalign.rl.reference import add_reference
 
@@ -235,7 +240,7 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
         raise UserError(f"{name}: ppo needs a policy to start from; set init to a stage or a directory")
     policy, _ = adapted(w, c, key, policy)
     free = adapts(c) and not rl.reference
-    reference = lora.base(policy) if free else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
+    reference = lora.base(policy) if free else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
     if not named:
@@ -243,6 +248,8 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
     if rl.combine not in rewards.COMBINE:
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
     learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
+    # Not their heads: scores are compared at a finer grain than bf16 has.
+    learned = {r: {**p, "trunk": jax.tree.map(lambda x: x.astype(c.frozen_dtype), p["trunk"])} for r, p in learned.items()}
     one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
     scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
     first = next(iter(learned), None)  # of which a critic of its own is made
@@ -253,7 +260,7 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
         if c.adapter.path:
             raise UserError(f"{name}: adapter.path is the policy's; a critic of its own (rl.value reward) needs adapter.rank instead")
         # Frozen buffers are never donated, so the critic's base may be the reward model itself; its head trains.
-        critic = {"trunk": adapted(w, c, nn.fold(key, "value"), reward_params["trunk"])[0], "head": jax.tree.map(jnp.copy, reward_params["head"])}
+        critic = {"trunk": adapted(w, c, nn.fold(key, "value"), reward_params["trunk"])[0], "head": jax.tree.map(lambda x: jnp.array(x, jnp.float32), reward_params["head"])}
         value = scalar
     elif rl.value == "reward" and reward_params is not None:
         # A copy: the trained critic's buffers are donated, the reward model's are not.

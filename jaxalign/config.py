@@ -152,6 +152,8 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
     elif kind == "pairs":
         c["reference"] = ""  # "": the stage's own init
+    if kind in ("pairs", "prompts") and objective not in REWARDS:
+        c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         c["rl"] = {
             # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
