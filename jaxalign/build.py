@@ -25,8 +25,9 @@ from jaxalign.rl import experience, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.reference import WithReference
 from jaxalign.rl.rollout import Sampling, check_length
-from jaxalign.train import checkpoint, optim, run, state, step
+from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
+from jaxalign.train.progress import Trace
 from jaxalign.types import Objective, Source, Tree, UserError
 from jaxalign.world import World, adapted_by, barrier, data_source, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
@@ -83,11 +84,13 @@ class Stage:
     evaluate: Callable | None
     tx: Any
     schedule: Callable
+    flops_per_token: float | None = None
     adapted: Tree | None = None  # after `go`, if there are adapters: the params before merging
 
-    def go(self) -> Tree:
-        """Train to the end; returns the weights that later stages start from, adapters merged."""
+    def go(self, profile: str = "") -> Tree:
+        """Train to the end; returns the weights that later stages start from, adapters merged. `profile`: see `progress.Trace`."""
         w, c = self.world, self.config
+        trace = Trace(profile if jax.process_index() == 0 else "", self.name)
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
@@ -98,10 +101,9 @@ class Stage:
             )  # fmt: skip
             if adapts(c):
                 log.event("memory", **lora.memory(st.params, self.base, self.tx))
-            length = c.data.get("seq_len") or 0
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
-                flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") and not adapts(c) else None,
+                flops_per_token=self.flops_per_token, trace=trace,
                 peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
@@ -200,8 +202,10 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
     if kind == "ppo":
         model, objective, source, params = _make_ppo(w, name, c, options, trunk, draw, key, frozen)
+        longest = source.prompts.report()["max_length"] + c.sampling.max_new
     else:
         source = data_source(w, c.data, c.data.path, batch, seed)
+        longest = c.data.get("seq_len") or source.report()["max_length"]
         if kind in REWARDS:
             model = heads.Scalar(w.model)
             trunk = trunk if trunk is not None else draw(w.model.specs(), "trunk")
@@ -231,7 +235,20 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule)
+    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest))
+
+
+def _flops(w: World, c: ConfigDict, kind: str, longest: int) -> float | None:
+    """Model FLOPs per token that the stage trains on (`train.flops`); None of what has no formula."""
+    f, adapted = flops.of(w.model, longest), adapts(c)
+    if f is None or kind == "masked_lm":
+        return None
+    if kind in REWARDS:
+        return f.training(adapted, unembed=False)
+    if "rl" in c:
+        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r]
+        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named))
+    return f.training(adapted) + (f.forward() if "reference" in c else 0.0)
 
 
 def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):

@@ -5,6 +5,7 @@ The source is all that reinforcement learning adds to training: the loop and the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Callable
 
@@ -121,6 +122,7 @@ class PPOSource:
         self.kl, self.seed, self.mix, self.decode, self.options = kl, seed, mix, decode, options
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
+        self.phase = lambda name: contextlib.nullcontext()  # who measures time puts a context manager here
         self._metrics, self._samples = {}, []
         self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
 
@@ -129,12 +131,15 @@ class PPOSource:
         prompts = shard.place(batch._replace(records=()), self.mesh)
         key = nn.fold(state.key, "rollout", self.iteration)
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
-        rollout = generate(self.model, self.sampling, params["policy"], prompts, key, state.step)
-        scores = self.scorer(rollout, batch)
-        self.experience, metrics = make_experience(
-            self.model, self.value, params, self.reference, rollout, scores, self.beta, temperature=self.sampling.temperature or 1.0, **self.options
-        )
-        self._metrics = {k: float(v) for k, v in metrics.items()}
+        with self.phase("rollout"):
+            rollout = jax.block_until_ready(generate(self.model, self.sampling, params["policy"], prompts, key, state.step))
+        with self.phase("score"):
+            scores = jax.block_until_ready(self.scorer(rollout, batch))
+        with self.phase("experience"):
+            self.experience, metrics = make_experience(
+                self.model, self.value, params, self.reference, rollout, scores, self.beta, temperature=self.sampling.temperature or 1.0, **self.options
+            )
+            self._metrics = {k: float(v) for k, v in metrics.items()}
         self.beta = self.kl.update(self.beta, self._metrics["objective/kl"], prompts.tokens.shape[0])
         self._samples = self._show(rollout, scores) if self.decode else []
         self.iteration, self.used = self.iteration + 1, 0

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 
-from jaxalign.train import disk, log
+from jaxalign.train import disk, log, progress
 from jaxalign.types import UserError
 
 
@@ -192,7 +192,7 @@ class Tty(io.StringIO):
 
 def test_progress_leaves_the_compile_and_pauses_out():
     now, out = [0.0], io.StringIO()
-    bar = log.Progress("sft", 100, stream=out, clock=lambda: now[0], flops_per_token=2e9, peak_flops=1e13)
+    bar = progress.Progress("sft", 100, stream=out, clock=lambda: now[0], flops_per_token=2e9, peak_flops=1e13)
     now[0] = 60.0  # compiling
     assert bar.update(1, 5.0, tokens=1000) == {}
     for step in range(2, 12):
@@ -210,14 +210,14 @@ def test_progress_leaves_the_compile_and_pauses_out():
 
 def test_progress_on_a_terminal_and_without_a_peak():
     now, out = [0.0], Tty()
-    bar = log.Progress("ppo", 3, stream=out, clock=lambda: now[0], flops_per_token=1e9)
+    bar = progress.Progress("ppo", 3, stream=out, clock=lambda: now[0], flops_per_token=1e9)
     for step in (1, 2, 3):
         now[0] += 1
         bar.update(step, 1.0, tokens=10)
     bar.close()
     assert out.getvalue().count("\r") == 3 and out.getvalue().endswith("\n") and "10GFLOP/s" in out.getvalue() and "MFU" not in out.getvalue()
     quiet = io.StringIO()
-    log.Progress("x", 1, process_index=1, stream=quiet).update(1)
+    progress.Progress("x", 1, process_index=1, stream=quiet).update(1)
     assert quiet.getvalue() == ""
 
 
