@@ -117,9 +117,7 @@ def test_a_pipeline(whole):
         assert figure in page.text, figure
     for title in ("Pretraining", "Supervised fine-tuning", "Reward model", "PPO", "DPO", "Gold reward against KL", "entropy floor1.220", "gold reward0.8775"):
         assert title in page.text, title
-    for figure in ("tokens/sgoodputsave, sdata, scompiledpeak MiB123,00075 %3.0067 %1.5033 %3600",):  # 1.0 s of data before the resume, 0.5 after
-        assert figure in page.text, figure
-    assert "123,400 tokens/s" in page.text
+    assert "tokens/sgoodputsave, sdata, scompiledpeak MiB123,40075 %367 %1.5033 %3600" in page.text  # 1.0 s of data before the resume, 0.5 after
     raw = path.read_text(encoding="utf-8")
     assert "nan" not in re.sub(r"<(style|pre).*?</\1>", "", raw, flags=re.S)  # in no coordinate
     assert "http:" not in raw and "https:" not in raw and "url(" not in raw and "@import" not in raw
