@@ -40,6 +40,8 @@ class Work:
     new: int = 96
     epochs: int = 4
     lr: float = 1e-4
+    remat: str = "none"  # ours alone
+    optimizer: str = "adamw"
 
     @property
     def total(self) -> int:
