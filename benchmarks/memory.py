@@ -7,7 +7,8 @@ The peers are those of speed.py, whose first lines say how to install them; the 
 16 samples of 96. "peak" is the most that the process has held (on a GPU, with --gpu, what it has held on the card), "over
 imports" the same less what it held once its libraries were imported; "of TRL" compares the latter, which is what grows
 with the model. Ours comes in variants: what the backward pass makes again (model.remat) and how wide the optimizer's
-moments are (optim.name).
+moments are (optim.name). On a CPU XLA orders a program for concurrency, not for memory, and so undoes most of what remat
+saves; "in order" is with --xla_cpu_enable_concurrency_optimized_scheduler=false.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ VARIANTS = {
     "jaxalign": {},
     "remat qkv+attn": {"remat": "qkv+attn"},
     "remat full": {"remat": "full"},
+    "remat full, in order": {"remat": "full"},
     "adamw_8bit": {"optimizer": "adamw_8bit"},
     "adafactor": {"optimizer": "adafactor"},
     "remat full, adamw_8bit": {"remat": "full", "optimizer": "adamw_8bit"},
 }
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 COLUMNS = ("task", "size", "program", "peak MiB", "over imports MiB", "of TRL", "step s")
 
 
-def measure(a, which: str, w: Work, log) -> tuple[float, float, float]:
+def measure(a, which: str, w: Work, log, in_order: bool = False) -> tuple[float, float, float]:
     """(peak, peak less what it held after its imports, median seconds of a step) of one program."""
     command, env = environment(a, which, w)
+    env |= {"XLA_FLAGS": IN_ORDER} if in_order else {}
     p = Process([*command, "run", w.dumps()], env, log)
     try:
         for _ in range(w.total - 1):
@@ -56,7 +60,7 @@ def rows(a, task: str, size: str, log):
             w = Work(task, "trl", size, a.steps, 1, a.gpu, weights, **shapes(task, a.gpu), **more)
             if not any(Path(weights).iterdir()):
                 call(a, "ours", "export", w)
-            peak, held, seconds = measure(a, which, w, log)
+            peak, held, seconds = measure(a, which, w, log, name.endswith("in order"))
             theirs = held if which == "peer" else theirs
             of = "" if theirs is None or which == "peer" else f"{held / theirs:.2f}"
             row = (task, size, name, f"{peak:,.0f}", f"{held:,.0f}", of, f"{seconds:.3g}")
