@@ -82,8 +82,7 @@ def test_narrow_moments_follow_adam(name, mu, b2):
         _, want = curve(Optim(name="adamw", b2=b2, **CONSTANT), seed)
         (_, s), got = curve(Optim(name=name, mu_dtype=mu, b2=b2, **CONSTANT), seed)
         assert want[-1] < 0.2 * want[0]
-        print(name, b2, seed, [float(x) for x in want[::30]], [float(x) for x in got[::30]])
-        np.testing.assert_allclose(got[-20:].mean(), want[-20:].mean(), rtol=0.1)
+        np.testing.assert_allclose(got[-20:].mean(), want[-20:].mean(), rtol=0.03)
     assert (name == "adamw") == all(x.dtype == jnp.bfloat16 for k, x in tree.flat(s).items() if "/mu/" in k)
 
 
