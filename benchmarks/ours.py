@@ -27,7 +27,7 @@ from jaxalign.types import Experience, Pairs, Prompts, SharedPairs, Tokens
 
 def make_model(w: Work):
     dim, layers, n, kv, hidden, vocab = SIZES[w.size]
-    return decoder.model(vocab=vocab, dim=dim, layers=layers, heads=n, kv_heads=kv, hidden=hidden, dtype="bfloat16" if w.gpu else "float32")
+    return decoder.model(vocab=vocab, dim=dim, layers=layers, heads=n, kv_heads=kv, hidden=hidden, dtype="bfloat16" if w.gpu else "float32", remat=w.remat)
 
 
 def load(w: Work, name: str, mesh, dtype: str = "float32"):
@@ -65,7 +65,7 @@ class Batches:
 
 def trainer(w: Work, objective, params, mesh):
     """(state, step): AdamW as torch has it by default, without decay; the norm of the gradient clipped at 1."""
-    tx, schedule = optim.make(optim.Optim(lr=w.lr, schedule="constant", b2=0.999), w.total, params)
+    tx, schedule = optim.make(optim.Optim(name=w.optimizer, lr=w.lr, schedule="constant", b2=0.999), w.total, params)
     s = state.create(params, tx, objective, 0, mesh)
     return s, step.make_step(objective, tx, schedule=schedule, shardings=jax.tree.map(lambda x: x.sharding, s))
 

@@ -16,6 +16,11 @@ import time
 from typing import Callable
 
 
+def _rss() -> float:
+    """The most memory that this program has held, in MiB. ru_maxrss is in KiB on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 class Child:
     """In a measured program: `done()` ends a step, reports it and waits for the next turn."""
 
@@ -25,6 +30,7 @@ class Child:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._memory, self._compiling = memory or (lambda: 0), compiling or (lambda: 0.0)
+        self._idle = _rss()
         self._clock()
 
     def _clock(self):
@@ -33,9 +39,7 @@ class Child:
     def done(self, **values):
         """End a step. `values` are reported with it: numbers that the other side must find too."""
         wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
-        # ru_maxrss is in KiB on Linux.
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"wall": wall, "cpu": cpu, "mib": rss, "device_mib": self._memory() / 2**20, "compiling": self._compiling(), "values": values}), file=self._out, flush=True)
+        print(json.dumps({"wall": wall, "cpu": cpu, "mib": _rss(), "idle_mib": self._idle, "device_mib": self._memory() / 2**20, "compiling": self._compiling(), "values": values}), file=self._out, flush=True)
         if not sys.stdin.readline():
             os._exit(0)  # the parent has seen enough; trainers would go on to save and log
         self._clock()

@@ -42,6 +42,8 @@ class Work:
     group: int = 8  # answers to one prompt, of GRPO
     beta: float = 0.04  # of GRPO
     lr: float = 1e-4
+    remat: str = "none"  # ours alone
+    optimizer: str = "adamw"
 
     @property
     def total(self) -> int:

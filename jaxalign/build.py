@@ -25,8 +25,9 @@ from jaxalign.rl import experience, online, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.reference import Precomputed, WithReference
 from jaxalign.rl.rollout import Sampling, check_length
-from jaxalign.train import checkpoint, optim, run, state, step
+from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
+from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, Source, Tree, UserError
 from jaxalign.world import World, adapted_by, barrier, data_source, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
@@ -47,8 +48,9 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
 
     def evaluate(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
+        params = state.averaged(s)
         for batch in sources.eval_batches(source):
-            out = sums(s.params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
+            out = sums(params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
             for k, v in jax.device_get(out).items():
                 total[k] = total.get(k, 0.0) + np.array(v, np.float64)
         tokens = {"tokens": float(total["nll"][1])} if counts else {}
@@ -82,29 +84,31 @@ class Stage:
     evaluate: Callable | None
     tx: Any
     schedule: Callable
+    flops_per_token: float | None = None
     adapted: Tree | None = None  # after `go`, if there are adapters: the params before merging
 
-    def go(self) -> Tree:
-        """Train to the end; returns the weights that later stages start from, adapters merged."""
+    def go(self, profile: str = "") -> Tree:
+        """Train to the end; returns the weights that later stages start from, adapters merged. `profile`: see `progress.Trace`."""
         w, c = self.world, self.config
+        trace = Trace(profile if jax.process_index() == 0 else "", self.name)
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
-            st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh)
+            st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh, offload=c.optim.offload)
             fn = step.make_step(
                 self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
                 shardings=jax.tree.map(lambda x: x.sharding, st),
             )  # fmt: skip
             if adapts(c):
                 log.event("memory", **lora.memory(st.params, self.base, self.tx))
-            length = c.data.get("seq_len") or 0
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
-                flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") and not adapts(c) else None,
+                flops_per_token=self.flops_per_token, trace=trace,
                 peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
-            params = tree.merge(st.params, self.base) if self.base is not None else st.params
+            params = state.averaged(st)
+            params = tree.merge(params, self.base) if self.base is not None else params
             params = params["policy"] if "rl" in c else params
             if not adapts(c):
                 return params
@@ -144,6 +148,7 @@ def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None
 def _settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
     out = {k: v for k, v in plain(c).items() if k != "reference_cache"}
+    out["optim"].pop("offload")  # where the state lies, like the mesh
     out["data"] = {k: v for k, v in out["data"].items() if k not in ("path", "eval_path")}
     return {**out, "train": {"steps": c.train.steps}, "model": plain(config.model), "seed": config.seed}
 
@@ -164,6 +169,8 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     if min(batch, c.data.accumulate, parts, group) < 1 or batch * group % (parts * c.data.accumulate * shards):
         raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.group {group} answers each" if group > 1 else ""))
     try:
+        if c.get("frozen_dtype", "float32") not in ("float32", "bfloat16"):
+            raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
             if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
@@ -201,6 +208,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
     if "rl" in c:
         model, objective, source, params = _make_online(w, name, c, maker, options, trunk, draw, key, frozen)
+        longest = source.prompts.report()["max_length"] + c.sampling.max_new
     else:
         if kind in REWARDS:
             model = heads.Scalar(w.model)
@@ -213,12 +221,13 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         cost = lambda *x: branches.cost(model.config.dim, *x)
         how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {}
         source = data_source(w, c.data, c.data.path, batch, seed, **how)
+        longest = c.data.get("seq_len") or source.report()["max_length"]
         if "reference" in c and not (c.reference or c.init):
             if kind in OBJECTIVES:
                 raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
         elif "reference" in c:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
-            reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference")
+            reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference", c.frozen_dtype)
             if c.reference_cache or loop.steps * batch > source.size:  # else no pair is drawn twice
                 known = state.fingerprint(reference), repr(w.model.config), source.contents
                 source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known)
@@ -239,7 +248,21 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule)
+    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest))
+
+
+def _flops(w: World, c: ConfigDict, kind: str, longest: int) -> float | None:
+    """Model FLOPs per token that the stage trains on (`train.flops`); None of what has no formula."""
+    f, adapted = flops.of(w.model, longest), adapts(c)
+    if f is None or kind == "masked_lm":
+        return None
+    if kind in REWARDS:
+        return f.training(adapted, unembed=False)
+    if "rl" in c:
+        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r]
+        reference = has_critic(OBJECTIVES[kind][0]) or c.objective.beta > 0
+        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=reference)
+    return f.training(adapted) + (f.forward() if "reference" in c else 0.0)
 
 
 def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):
@@ -249,7 +272,7 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
     policy, _ = adapted(w, c, key, policy)
     reference = None
     if has_critic(maker) or options.get("beta", 1):  # without a KL penalty nothing asks for one
-        reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
+        reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
     if not named:
@@ -257,6 +280,8 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
     if rl.combine not in rewards.COMBINE:
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
     learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
+    # Not their heads: scores are compared at a finer grain than bf16 has.
+    learned = {r: {**p, "trunk": jax.tree.map(lambda x: x.astype(c.frozen_dtype), p["trunk"])} for r, p in learned.items()}
     one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
     scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
@@ -311,4 +336,4 @@ def _critic(w: World, name: str, c: ConfigDict, scalar, learned: dict, draw: Cal
         raise UserError(f"{name}: adapter.path is the policy's; a critic of its own (rl.value reward) needs adapter.rank instead")
     # Frozen buffers are never donated, so the critic's base may be the reward model itself; its head trains.
     trunk, head = learned[first]["trunk"], learned[first]["head"]
-    return scalar, {"trunk": adapted(w, c, nn.fold(key, "value"), trunk)[0], "head": jax.tree.map(jnp.copy, head)}
+    return scalar, {"trunk": adapted(w, c, nn.fold(key, "value"), trunk)[0], "head": jax.tree.map(lambda x: jnp.array(x, jnp.float32), head)}

@@ -159,6 +159,8 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     elif kind == "pairs":
         c["reference"] = ""  # "": the stage's own init
         c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
+    if kind in ("pairs", "prompts") and objective not in REWARDS:
+        c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         critic = has_critic(maker)
         c["rl"] = {

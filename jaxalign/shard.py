@@ -258,14 +258,29 @@ def to_host(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def like(tx, params_sharding: Tree, abstract_state: Tree, mesh: Mesh) -> Tree:
-    """Shardings of an optax state: moments take their parameter's, everything else is replicated.
+def like(params: Tree, state: Tree, mesh: Mesh) -> Tree:
+    """Shardings of an optimizer's state (arrays or shapes): what is named like a parameter lies like it, the rest is replicated.
 
-    A plain ``jit(tx.init)`` would silently replicate the moments.
+    `params`: leaves with shape and sharding. A dimension that the state keeps at another size (a scale per block) is cut where
+    that divides it, and a moment that lacks a dimension (a factored one) lies like those it has. A plain ``jit(tx.init)``
+    would silently replicate everything.
     """
-    import optax
+    known = tree.flat(params)
 
-    return optax.tree_map_params(tx, lambda _, s: s, abstract_state, params_sharding, transform_non_params=lambda _: replicated(mesh))
+    def place(name, x):
+        at = name.split("/")
+        p = next((known[k] for i in range(len(at)) if (k := "/".join(at[i:])) in known), None)
+        if p is None or not x.shape:
+            return replicated(mesh)
+        if x.shape == p.shape:
+            return p.sharding
+        spec = (*p.sharding.spec, *(None,) * (len(p.shape) - len(p.sharding.spec)))
+        without = [d for d in range(len(p.shape)) if x.shape == p.shape[:d] + p.shape[d + 1 :]]
+        spec = spec[: without[-1]] + spec[without[-1] + 1 :] if without else spec if len(x.shape) == len(p.shape) else (None,) * len(x.shape)
+        ways = lambda s: math.prod(mesh.shape[a] for a in ((s,) if isinstance(s, str) else s or ()))
+        return NamedSharding(mesh, P(*(s if n % ways(s) == 0 else None for s, n in zip(spec, x.shape))))
+
+    return tree.map_named(place, state)
 
 
 def describe(specs: Tree, mesh: Mesh, rules: dict | None = None) -> list[tuple[str, tuple, P]]:

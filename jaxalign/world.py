@@ -154,7 +154,7 @@ def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
     if c.path:
         from jaxalign.models import hf
 
-        model = hf.read_config(c.path, dtype=c.dtype)
+        model = hf.read_config(c.path, dtype=c.dtype, remat=c.get("remat") or "none")
     else:
         shape = {k: v for k, v in plain(c).items() if k not in ("family", "path")}
         shape["vocab"] = shape["vocab"] or tokenizer.vocab_size

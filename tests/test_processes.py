@@ -1,4 +1,4 @@
-"""Two processes of four simulated devices each, started by the command itself, follow one process on one device."""
+"""Two processes of four simulated devices each, and four of two, started by the command itself, follow one process on one device."""
 
 import json
 import math
@@ -39,8 +39,8 @@ def arguments(kind: str, data: Path, workdir: Path, *more: str) -> list[str]:
     return ["train", f"--config={runs.__file__}:{kind}:{data}", f"--workdir={workdir}", f"--config.stage.train.steps={STEPS}", "--config.stage.train.save_every=10", *FLAGS[kind], *more]
 
 
-def two(kind: str, data: Path, workdir: Path, *more: str) -> subprocess.Popen:
-    argv, env = runs.command(*arguments(kind, data, workdir, "--processes=2", *more), JAX_NUM_CPU_DEVICES="4")
+def two(kind: str, data: Path, workdir: Path, *more: str, processes: int = 2) -> subprocess.Popen:
+    argv, env = runs.command(*arguments(kind, data, workdir, f"--processes={processes}", *more), JAX_NUM_CPU_DEVICES=str(8 // processes))
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -102,6 +102,18 @@ def test_two_processes_follow_one(kind, data, alone, tmp_path):
         cli.run(["jaxalign", *arguments(kind, data, tmp_path / "two")])
         follows(metrics(tmp_path / "two"), metrics(one))
         assert [json.loads(e)["step"] for e in (tmp_path / "two/events.jsonl").read_text().splitlines() if '"resume"' in e][-1] == 10
+
+
+def test_four_processes_follow_one(data, alone, tmp_path):
+    """fsdp across pairs of them, rows over all; the optimizer's state in the host's memory. Every process writes its shards of
+    the checkpoint, and one process reads them."""
+    process = two("lm", data, tmp_path, "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.stage.train.steps=4", "--config.stage.optim.offload=true", processes=4)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    follows(metrics(tmp_path), metrics(alone("lm"))[:4])
+    assert json.loads((tmp_path / "environment.json").read_text())["processes"] == 4 and out.count("goodput") == 1
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest_good() == (4, {})
+    assert runs.weights(tmp_path / "params").keys() == runs.weights(alone("lm") / "params").keys()
 
 
 def free_port() -> int:

@@ -59,7 +59,7 @@ def test_moments_carry_their_parameters_sharding(mesh):
     specs = {"w": Spec((8, 4), ("embed", "mlp"), nn.normal(1.0)), "b": Spec((3,), (None,))}
     params = shard.init(specs, jax.random.key(0), mesh)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1.0, 0.1, 10)))
-    where = shard.like(tx, shard.shardings(specs, mesh), jax.eval_shape(tx.init, params), mesh)
+    where = shard.like(params, jax.eval_shape(tx.init, params), mesh)
     state = jax.jit(tx.init, out_shardings=where)(params)
     (adam,) = (s for s in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
     for moment in (adam.mu, adam.nu):

@@ -72,7 +72,7 @@ def joined(cluster: bool):
             address, int(count), int(index), cluster_detection_method="deactivate", initialization_timeout=120, heartbeat_timeout_seconds=30
         )
     else:
-        # Under SLURM jax would take one GPU per process when the devices are left unsaid.
+        # Under SLURM jax would take one GPU per process: JAX_LOCAL_DEVICE_IDS, which launch/slurm.sh sets, says otherwise.
         jax.distributed.initialize()
     try:
         yield

@@ -12,12 +12,15 @@ import resource
 import time
 from pathlib import Path
 
+from absl import flags
+
 from jaxalign.cli.main import common, needed
 from jaxalign.types import UserError
 
 
 def define(fv):
     common(fv)
+    flags.DEFINE_string("profile", "", "write a trace of a few steps of a stage under this directory, for xprof or TensorBoard; DIR:FIRST-LAST chooses them (3-5)", flag_values=fv)
 
 
 def main(fv, rest):
@@ -29,10 +32,10 @@ def main(fv, rest):
     from jaxalign.train import checkpoint
 
     with checkpoint.lock(fv.workdir, jax.process_index()):
-        run(fv.config, Path(fv.workdir))
+        run(fv.config, Path(fv.workdir), fv.profile)
 
 
-def run(config, workdir: Path) -> dict:
+def run(config, workdir: Path, profile: str = "") -> dict:
     """The whole pipeline; returns the evaluation."""
     import jax
 
@@ -59,7 +62,7 @@ def run(config, workdir: Path) -> dict:
             continue
         with clock(name):
             s = build.make_stage(w, name, c, workdir / name)
-            s.save(s.finish(s.go()))
+            s.save(s.finish(s.go(profile)))
             del s
     with clock("evaluate"):
         evaluation = evaluation_verb.evaluate(w, world, config)

@@ -13,6 +13,7 @@ from jaxalign.types import UserError
 def define(fv):
     common(fv)
     flags.DEFINE_string("stage", None, "which stage, where the config has several", flag_values=fv)
+    flags.DEFINE_string("profile", "", "write a trace of a few steps of a stage under this directory, for xprof or TensorBoard; DIR:FIRST-LAST chooses them (3-5)", flag_values=fv)
 
 
 def main(fv, rest):
@@ -33,7 +34,7 @@ def main(fv, rest):
     with checkpoint.lock(fv.workdir, jax.process_index()):
         directory = Path(fv.workdir) / name if "stages" in config else Path(fv.workdir)
         s = build.make_stage(w, name, stages[name], directory)
-        s.save(s.finish(s.go()))
+        s.save(s.finish(s.go(fv.profile)))
         if jax.process_index() == 0:
             w.tokenizer.save(str(directory / "tokenizer"))
             print(f"{name}: done, weights in {directory / 'params'}")

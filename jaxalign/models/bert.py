@@ -44,6 +44,7 @@ class Config:
         for name, known in {"head": ("masked", "pooled"), "activation": tuple(nn.ACTIVATIONS)}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        nn.policy(self.remat)
 
 
 def model(**config) -> FamilyModel:
@@ -100,10 +101,10 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     x = spread(_norm(cfg, x, params["embed_norm"]))
 
     def block(p, x, _):
-        q, k, v = (split(dense(x, p[name])) for name in "qkv")
+        q, k, v = (split(nn.name(dense(x, p[name]), "qkv")) for name in "qkv")
         a = attend(q, k, v, q_segments=segments, kv_segments=segments, causal=False)
-        x = spread(_norm(cfg, x + dense(a.reshape(B, T, -1), p["o"]), p["attn_norm"]))
-        h = dense(nn.ACTIVATIONS[cfg.activation](dense(x, p["up"])), p["down"])
+        x = spread(_norm(cfg, x + nn.name(dense(a.reshape(B, T, -1), p["o"]), "o"), p["attn_norm"]))
+        h = dense(nn.ACTIVATIONS[cfg.activation](nn.name(dense(x, p["up"]), "mlp")), p["down"])
         return spread(_norm(cfg, x + h, p["mlp_norm"])), None
 
     x = nn.stack(block, params["layers"], x, None, cfg.layers, scan=cfg.scan, remat=cfg.remat)[0]

@@ -62,7 +62,7 @@ class Config:
     max_len: int = 2048  # what it was made for: dynamic rope scaling starts there, nothing ends there
     dtype: str = "float32"  # of activations; weights are kept as they are and cast at use
     scan: bool | None = None  # compile one layer and scan; None: from 16 layers on
-    remat: str = "none"  # none | dots | full
+    remat: str = "none"  # what the backward pass recomputes, see `ops.nn.policy`
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
@@ -93,6 +93,7 @@ class Config:
             if getattr(self, field) and not needs:
                 raise UserError(f"model.{field} {getattr(self, field)!r} has no place in this model: it takes {'no fused projections' if self.fused else 'a dense feed-forward' if self.experts else 'experts'}")
         rope.check(self.rope_scaling, self.rotary_width)
+        nn.policy(self.remat)
 
     @property
     def rotary_width(self) -> int:
@@ -156,9 +157,9 @@ def _qkv(cfg: Config, p, h):
     """f[B,T,D] -> queries [B,T,N,H], keys and values [B,T,K,H], not yet rotated."""
     N, K = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     if cfg.fused:
-        q, k, v = jnp.split(nn.linear(h, p["qkv"]), (N, N + K), axis=-1)
+        q, k, v = jnp.split(nn.name(nn.linear(h, p["qkv"]), "qkv"), (N, N + K), axis=-1)
     else:
-        q, k, v = (nn.linear(h, p[name], p.get(f"{name}_bias")) for name in "qkv")
+        q, k, v = (nn.name(nn.linear(h, p[name], p.get(f"{name}_bias")), "qkv") for name in "qkv")
     split = lambda x: x.reshape(*x.shape[:-1], -1, cfg.head_dim)
     norm = lambda x, name: nn.rms_norm(x, p[name], cfg.norm_eps, cfg.norm_offset)
     if cfg.qk_norm == "whole":
@@ -170,9 +171,9 @@ def _qkv(cfg: Config, p, h):
 def _gated(cfg: Config, p, h):
     act = nn.ACTIVATIONS[cfg.activation]
     if cfg.fused:
-        gate, up = jnp.split(nn.linear(h, p["gate_up"]), 2, axis=-1)
+        gate, up = jnp.split(nn.name(nn.linear(h, p["gate_up"]), "mlp"), 2, axis=-1)
     else:
-        gate, up = nn.linear(h, p["gate"], p.get("gate_bias")), nn.linear(h, p["up"], p.get("up_bias"))
+        gate, up = nn.name((nn.linear(h, p["gate"], p.get("gate_bias")), nn.linear(h, p["up"], p.get("up_bias"))), "mlp")
     return nn.linear(act(gate) * up, p["down"], p.get("down_bias"))
 
 
@@ -212,7 +213,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
         a = attend(
             q, k, v, q_segments=segments, kv_segments=kv_segments, start=start, window=window, windowed=local if mixed else None, positions=at, scale=cfg.query_scale, softcap=cfg.attn_softcap
         )  # fmt: skip
-        a = nn.linear(a.reshape(B, T, -1), p["o"], p.get("o_bias"))
+        a = nn.name(nn.linear(a.reshape(B, T, -1), p["o"], p.get("o_bias")), "o")
         x = spread(x + (a if cfg.norm == "pre" else norm(a, p["attn_post_norm"])))
         h = norm(x, p["mlp_norm"]) if cfg.norm != "post" else x
         if cfg.experts:

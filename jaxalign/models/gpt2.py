@@ -39,6 +39,7 @@ class Config:
             object.__setattr__(self, "scan", self.layers > 16)
         if self.dim % self.heads:
             raise UserError(f"model.dim {self.dim} is not a multiple of model.heads {self.heads}")
+        nn.policy(self.remat)
 
 
 def model(**config) -> FamilyModel:
@@ -74,12 +75,13 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
 
     def block(p, x, kv):
-        q, k, v = map(heads, jnp.split(nn.linear(norm(x, p["ln_1"]), p["qkv"]["w"], p["qkv"]["b"]), 3, axis=-1))
+        q, k, v = map(heads, jnp.split(nn.name(nn.linear(norm(x, p["ln_1"]), p["qkv"]["w"], p["qkv"]["b"]), "qkv"), 3, axis=-1))
         if kv is not None:
             kv, k, v = nn.cache_write(kv, k, v, start)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
-        x = shard.constrain(x + nn.linear(a.reshape(B, T, -1), p["o"]["w"], p["o"]["b"]), "batch", "time", None)
-        h = jax.nn.gelu(nn.linear(norm(x, p["ln_2"]), p["up"]["w"], p["up"]["b"]), approximate=True)
+        a = nn.name(nn.linear(a.reshape(B, T, -1), p["o"]["w"], p["o"]["b"]), "o")
+        x = shard.constrain(x + a, "batch", "time", None)
+        h = jax.nn.gelu(nn.name(nn.linear(norm(x, p["ln_2"]), p["up"]["w"], p["up"]["b"]), "mlp"), approximate=True)
         return shard.constrain(x + nn.linear(h, p["down"]["w"], p["down"]["b"]), "batch", "time", None), kv
 
     x, layers = nn.stack(block, params["layers"], x, cache and cache["layers"], cfg.layers, scan=cfg.scan, remat=cfg.remat)

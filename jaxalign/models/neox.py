@@ -58,6 +58,7 @@ class Config:
         if self.activation not in SPELLED.values():
             raise UserError(f"model.activation {self.activation!r} is not one of gelu, gelu_tanh")
         rope.check(self.rope_scaling, self.rotary_width)
+        nn.policy(self.remat)
 
     @property
     def rotary_width(self) -> int:
@@ -96,14 +97,14 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
 
     def block(p, x, kv):
-        q, k, v = jnp.moveaxis(dense(norm(x, p["ln_1"]), p["qkv"]).reshape(B, T, cfg.heads, 3, -1), 3, 0)
+        q, k, v = jnp.moveaxis(nn.name(dense(norm(x, p["ln_1"]), p["qkv"]), "qkv").reshape(B, T, cfg.heads, 3, -1), 3, 0)
         q, k = rope.rotate(q, table), rope.rotate(k, table)
         if kv is not None:
             kv, k, v = nn.cache_write(kv, k, v, start)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
-        a = dense(a.reshape(B, T, -1), p["o"])
+        a = nn.name(dense(a.reshape(B, T, -1), p["o"]), "o")
         h = norm(x if cfg.parallel else x + a, p["ln_2"])
-        h = dense(jax.nn.gelu(dense(h, p["up"]), approximate=cfg.activation == "gelu_tanh"), p["down"])
+        h = dense(jax.nn.gelu(nn.name(dense(h, p["up"]), "mlp"), approximate=cfg.activation == "gelu_tanh"), p["down"])
         return spread(x + a + h), kv
 
     x, layers = nn.stack(block, params["layers"], x, cache and cache["layers"], cfg.layers, scan=cfg.scan, remat=cfg.remat)

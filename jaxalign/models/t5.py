@@ -57,6 +57,7 @@ class Config:
             raise UserError(f"model.activation {self.activation!r} is not one of {', '.join(nn.ACTIVATIONS)}")
         if self.buckets % 4 or self.max_distance <= self.buckets // 2:
             raise UserError(f"model.buckets {self.buckets} must be a multiple of 4 and half of it less than model.max_distance {self.max_distance}")
+        nn.policy(self.remat)
 
 
 def model(**config) -> FamilyModel:
@@ -117,8 +118,8 @@ def _bias(cfg: Config, table, q_positions, kv_positions, both_ways: bool):
 
 
 def _mlp(cfg: Config, p, h):
-    act, up = nn.ACTIVATIONS[cfg.activation], nn.linear(h, p["up"])
-    return nn.linear(act(nn.linear(h, p["gate"])) * up if cfg.gated else act(up), p["down"])
+    act, up = nn.ACTIVATIONS[cfg.activation], nn.name(nn.linear(h, p["up"]), "mlp")
+    return nn.linear(act(nn.name(nn.linear(h, p["gate"]), "mlp")) * up if cfg.gated else act(up), p["down"])
 
 
 def _split(cfg: Config, x):
@@ -133,9 +134,9 @@ def encode(cfg: Config, params, inputs: Inputs) -> jax.Array:
 
     def block(p, x, _):
         h = norm(x, p["attn_norm"])
-        q, k, v = (_split(cfg, nn.linear(h, p[name])) for name in "qkv")
+        q, k, v = (_split(cfg, nn.name(nn.linear(h, p[name]), "qkv")) for name in "qkv")
         a = attend(q, k, v, q_segments=inputs.segments, kv_segments=inputs.segments, causal=False, scale=1.0, bias=bias)
-        x = shard.constrain(x + nn.linear(a.reshape(*x.shape[:2], -1), p["o"]), "batch", "time", None)
+        x = shard.constrain(x + nn.name(nn.linear(a.reshape(*x.shape[:2], -1), p["o"]), "o"), "batch", "time", None)
         return shard.constrain(x + _mlp(cfg, p, norm(x, p["mlp_norm"])), "batch", "time", None), None
 
     return norm(nn.stack(block, side["layers"], x, None, cfg.encoder_layers, scan=cfg.scan, remat=cfg.remat)[0], side["norm"])
@@ -161,11 +162,11 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
 
     def block(p, x, kv, other):
         h = norm(x, p["attn_norm"])
-        q, k, v = (_split(cfg, nn.linear(h, p[name])) for name in "qkv")
+        q, k, v = (_split(cfg, nn.name(nn.linear(h, p[name]), "qkv")) for name in "qkv")
         if kv is not None:
             kv, k, v = nn.cache_write(kv, k, v, begin)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=begin, scale=1.0, bias=bias)
-        x = spread(x + nn.linear(a.reshape(B, T, -1), p["o"]))
+        x = spread(x + nn.name(nn.linear(a.reshape(B, T, -1), p["o"]), "o"))
         q = _split(cfg, nn.linear(norm(x, p["cross_norm"]), p["cross_q"]))
         a = attend(q, other["k"], other["v"], q_segments=segments, kv_segments=seen, causal=False, scale=1.0)
         x = spread(x + nn.linear(a.reshape(B, T, -1), p["cross_o"]))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxalign import shard
 from jaxalign.ops import branches, flash, ring, splash
 from jaxalign.ops.masks import EVERYTHING, MASKED, visible
-from jaxalign.ops.nn import wide
+from jaxalign.ops.nn import name, wide
 
 # Queries per block of the causal form, at least: each block reads only the keys before its end.
 BLOCK = 64
@@ -72,7 +72,8 @@ def _causal_fwd(softcap, q, k, v, segments, window):
         total = p.sum(-1, keepdims=True)
         out.append(jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, :b], preferred_element_type=wide(q)) / total)
         lse.append(top + jnp.log(total))
-    out, lse = jnp.concatenate(out, -2).astype(v.dtype), jnp.concatenate(lse, -2)
+    # Both are named: a remat policy that keeps them need not run the forward pass again.
+    out, lse = name((jnp.concatenate(out, -2).astype(v.dtype), jnp.concatenate(lse, -2)), "attn")
     return out, (q, k, v, segments, window, out, lse)
 
 
@@ -117,11 +118,11 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
     window = window if windowed is None else jnp.where(windowed, window, EVERYTHING)
     fixed = window is None or isinstance(window, int)  # a window that a kernel can know
     if alike and causal and ring.fits(T):
-        return ring.attend(softcap, q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, window)
+        return name(ring.attend(softcap, q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, window), "attn")
     if alike and fixed and splash.fits(T, S, H):
-        return splash.attend(q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, kv_segments, causal=causal, window=window, softcap=softcap)
+        return name(splash.attend(q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, kv_segments, causal=causal, window=window, softcap=softcap), "attn")
     if alike and q_segments is kv_segments and flash.fits(q, k, window, softcap):
-        return flash.attend(q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, causal=causal)
+        return name(flash.attend(q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, causal=causal), "attn")
     # Heads before time: every product below is then a plain batched matrix product.
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
@@ -131,7 +132,7 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
         out = _causal(softcap, q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
     else:
         ok = visible(q_segments, kv_segments, start + jnp.arange(T), jnp.arange(S), causal=causal, window=window, positions=positions)
-        out = _plain(q, k, v, ok, scale, softcap, bias)
+        out = name(_plain(q, k, v, ok, scale, softcap, bias), "attn")
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
 
 

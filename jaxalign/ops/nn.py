@@ -14,10 +14,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign import shard, tree
 from jaxalign.ops import quant
-from jaxalign.types import Tree
+from jaxalign.types import Tree, UserError
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -263,11 +264,35 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 # -- layers ---------------------------------------------------------------------------------------------------------
 
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+NAMES = ("qkv", "attn", "o", "mlp")  # what blocks name with `name`, in the order in which they make it
+
+
+def name(x, what: str):
+    """x (any pytree), which a remat policy can choose to keep by this name. A product of a weight is named where it leaves
+    the product: saving silu(x @ w) instead would leave the matmul to be done again."""
+    return jax.tree.map(lambda a: checkpoint_name(a, what), x)
+
+
+def policy(remat: str) -> Callable | None:
+    """What the backward pass finds, and what it makes again from each layer's input; None: it finds everything.
+
+    full: nothing; dots: the product of every weight. One or several of `NAMES`, joined by "+": these alone: qkv (queries,
+    keys and values before rotation), attn (what attention returns), o (its product with the weight that leads back), mlp (the
+    products before the activation). offload:NAMES: the same, kept in the host's memory; "offload" alone is all of them.
+
+    No policy changes a loss or a gradient. Raises UserError for another word.
+    """
+    if remat in ("none", "full", "dots"):
+        return {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
+    host, _, said = remat.rpartition(":")
+    names = NAMES if remat == "offload" else tuple(said.split("+"))
+    if host not in ("", "offload") or not set(names) <= set(NAMES):
+        raise UserError(f"model.remat {remat!r} is unknown; it is none, full, dots, some of {', '.join(NAMES)} joined by +, or offload: before these")
+    if "offload" not in remat:
+        return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=names, offload_src="device", offload_dst="pinned_host"
+    )
 
 
 def unstack(params: Tree, layers: int) -> list[Tree]:
@@ -287,8 +312,8 @@ def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, r
     decoding, because a scan copies each layer's cache in and out. The cache is stacked or a tuple accordingly.
     """
     more = (each,) if jax.tree.leaves(each) else ()
-    if REMAT[remat] is not None:
-        block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
+    if remat != "none":
+        block = jax.checkpoint(block, policy=policy(remat), prevent_cse=not scan)
     if scan:
         return jax.lax.scan(lambda h, pce: block(pce[0], h, pce[1], *pce[2]), x, (params, cache, more))
     out = []

@@ -36,6 +36,7 @@ PANELS = (
     Panel("Learning rate", "", ("learning_rate",)),
 )
 UNITS = {"tokens_per_second": "tokens/s", "steps_per_second": "steps/s", "flops_per_second": "FLOP/s", "mfu": "MFU"}
+STATE = (*UNITS, "goodput", "peak_memory_bytes", "time")  # of a line of timings.jsonl: as it is now; the rest adds up
 
 
 def section(s: Stage, title: str, evaluation: Any = None) -> Html:
@@ -45,7 +46,8 @@ def section(s: Stage, title: str, evaluation: Any = None) -> Html:
         return join([*parts, tag("p", "No metrics: this stage has not run here, or not for long enough to write a line.", class_="missing")])
     judged = dig(evaluation, s.name)
     known = [f"{k.replace('_', ' ')} {show(v)}" for k, v in judged.items() if number(v) is not None] if isinstance(judged, dict) else []
-    parts.append(tag("p", facts(s), Html("<br>On held-out data: ") if known else None, " · ".join(known), class_="soft"))
+    parts.append(tag("p", f"{show(s.metrics[-1].get('step'), 7)} steps", Html("<br>On held-out data: ") if known else None, " · ".join(known), class_="soft"))
+    parts.append(speed(s))
     curves, constant = series(s.metrics)
     main, rest = choose(curves)
     marks = references(s.name, evaluation)
@@ -100,25 +102,36 @@ def references(stage: str, evaluation: Any) -> dict[str, tuple[str, float]]:
     return {k: (name, v) for k, (name, x) in found.items() if (v := number(x)) is not None and math.isfinite(v)}
 
 
-def facts(s: Stage) -> str:
+def speed(s: Stage) -> Html | None:
+    """How fast, and where the time went: one row."""
     spent = timings(s.timings)
-    rates = [f"{show(spent.pop(k), 3)} {unit}" for k, unit in UNITS.items() if k in spent]
-    seconds = [f"{k.removeprefix('seconds/')} {show(v, 3)} s" for k, v in spent.items()]
-    return " · ".join([f"{show(s.metrics[-1].get('step'), 7)} steps", *seconds, *rates])
+    seconds = {k.removeprefix("seconds/"): v for k, v in spent.items() if k.startswith("seconds/")}
+    total = sum(seconds.values())
+    cells = [(unit, show(spent[k], 3)) for k, unit in UNITS.items() if k in spent]
+    cells += [("goodput", f"{100 * spent['goodput']:.0f} %")] if math.isfinite(spent.get("goodput", math.nan)) else []
+    cells += [(f"{k}, s", tag("span", show(v, 3), tag("small", f"{100 * v / total:.0f} %"))) for k, v in sorted(seconds.items(), key=lambda kv: -kv[1]) if total > 0]
+    cells += [("compiled", show(spent["compilations"], 6))] if "compilations" in spent else []
+    cells += [("peak MiB", show(spent["peak_memory_bytes"] / 2**20, 4))] if "peak_memory_bytes" in spent else []
+    if not cells:
+        return None
+    head, row = (tag("tr", *(tag(t, c[i], class_="n") for c in cells)) for i, t in enumerate(("th", "td")))
+    return tag("div", tag("table", tag("thead", head), tag("tbody", row)), class_="scroll")
 
 
 def timings(rows: list[dict]) -> dict[str, float]:
     """The last rates, and the seconds of each phase over all processes: their clocks start anew after a resume."""
     before: dict[str, float] = collections.defaultdict(float)
     last: dict[str, float] = {}
+    state: dict[str, float] = {}
     for row in rows:
         now = {k: v for k, x in row.items() if k != "step" and (v := number(x)) is not None}
-        clocks = [k for k in now if k not in UNITS]
-        if any(now[k] < last.get(k, 0) for k in clocks):
+        state |= {k: v for k, v in now.items() if k in STATE}
+        clocks = {k: v for k, v in now.items() if k not in STATE}
+        if any(clocks.get(k, 0) < v for k, v in last.items()):
             for k, v in last.items():
                 before[k] += v
-        last = now
-    return {k: v if k in UNITS else before[k] + v for k, v in last.items()}
+        last = clocks
+    return {**{k: before[k] + last.get(k, 0) for k in {**before, **last}}, **state}
 
 
 def happened(s: Stage) -> dict[str, int]:

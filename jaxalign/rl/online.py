@@ -6,6 +6,7 @@ Prompts -> G samples of each -> scores -> an experience -> epochs x minibatches 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from typing import Any, Callable
 
 import jax
@@ -72,6 +73,8 @@ class OnlineSource:
         self._metrics, self._samples = {}, []
         self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
         self._thread = concurrent.futures.ThreadPoolExecutor(1) if staleness else None
+        self.phase = lambda name: contextlib.nullcontext()  # who measures time puts a context manager here
+        self._done = (lambda x: x) if staleness else jax.block_until_ready  # nothing overlaps: each phase ends where it ends
 
     # -- sampling ---------------------------------------------------------------------------------------------------
 
@@ -87,14 +90,16 @@ class OnlineSource:
     def _launch(self, params, state):
         batch = repeated(self.prompts.next(state), self.group)
         key = nn.fold(state.key, "rollout", self.iteration + len(self._queue))
-        rollout = self._sample(params["policy"], batch._replace(records=()), key, state.step)
+        with self.phase("rollout"):
+            rollout = self._done(self._sample(params["policy"], batch._replace(records=()), key, state.step))
         entry = {"born": self.iteration, "rollout": rollout}
         where = getattr(self.scorer, "where", "")
         if self.staleness and where == "host":
             entry["scores"] = self._thread.submit(self.scorer, rollout, batch)
         elif not (self.staleness and where == "device"):  # those can wait for their turn: nothing of them is on the host
             entry["rollout"] = rollout = self._here(rollout)
-            entry["scores"] = self.scorer(rollout, batch)
+            with self.phase("score"):
+                entry["scores"] = self._done(self.scorer(rollout, batch))
         self._queue.append(entry)
 
     def _here(self, rollout: Rollout) -> Rollout:
@@ -110,9 +115,11 @@ class OnlineSource:
             self._launch(params, state)
         entry = self._queue.pop(0)
         rollout = self._here(entry["rollout"])
-        scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
-        self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
-        self._metrics = {k: float(v) for k, v in metrics.items()}
+        with self.phase("score"):
+            scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
+        with self.phase("experience"):
+            self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
+            self._metrics = {k: float(v) for k, v in metrics.items()}
         if self.staleness:
             self._metrics["staleness"] = float(self.iteration - entry["born"])
         self.beta = self.kl.update(self.beta, self._metrics.get("objective/kl", 0.0), rollout.tokens.shape[0])

@@ -3,7 +3,7 @@
     config.json        the resolved config
     environment.json   versions, devices, git commit, XLA flags
     metrics.jsonl      deterministic numbers only: the same seed gives the same bytes
-    timings.jsonl      wall clock: tokens/s, MFU
+    timings.jsonl      wall clock: seconds per phase, tokens/s, MFU, goodput
     events.jsonl       resumes, skips, alerts
     samples.jsonl      generated text
 
@@ -13,8 +13,6 @@ them, and metrics and samples go on exactly where the checkpoint was taken. Timi
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import importlib.metadata
 import json
 import math
@@ -22,11 +20,10 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Protocol
+from typing import Any, Callable, Iterable, Protocol
 
 from jaxalign.types import UserError
 
@@ -81,6 +78,14 @@ class RunLog:
     def timings(self, step: int, values: dict[str, Any]) -> None:
         """Scalars that depend on the clock."""
         self._numbers("timings.jsonl", step, values)
+
+    def began(self) -> float:
+        """When the run began, kills and restarts included (Unix time): the first line of timings.jsonl says. Now, if none does."""
+        try:
+            first, whole, _ = os.pread(self._files["timings.jsonl"].fileno(), 4096, 0).partition(b"\n")
+            return float(json.loads(first)["time"]) if whole else time.time()
+        except (KeyError, ValueError, TypeError):
+            return time.time()
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something a reader of the run should know: a resume, a skipped step, an alert."""
@@ -168,104 +173,6 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-class Progress:
-    """The line in the terminal, and the rates of timings.jsonl.
-
-    On a terminal it is refreshed in place; elsewhere a line is printed every 10 s or every tenth of the way. The first
-    step of the process compiles, so it is not part of any rate; wrap evaluation and saving in `paused()` to leave them
-    out too. Rates are over the last 50 steps.
-    """
-
-    def __init__(
-        self,
-        stage: str,
-        total: int,
-        *,
-        start: int = 0,
-        flops_per_token: float | None = None,
-        peak_flops: float | None = None,
-        process_index: int = 0,
-        stream: Any = None,
-        every: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """`start`: steps already done (after a resume). `peak_flops`: FLOP/s of all devices together; without it MFU is not
-        shown, only FLOP/s. Only process 0 prints (to stderr unless `stream` is given)."""
-        self.stage, self.total, self.step = stage, total, start
-        self._flops_per_token, self._peak = flops_per_token, peak_flops
-        self._stream, self._every, self._clock = stream or sys.stderr, every, clock
-        self._quiet = process_index != 0
-        self._tty = bool(getattr(self._stream, "isatty", lambda: False)())
-        self._marks: collections.deque = collections.deque(maxlen=51)  # (time, step, tokens so far)
-        self._tokens, self._idle = 0, 0.0
-        self._printed_at, self._printed_step, self._width = -math.inf, start, 0
-
-    def update(self, step: int, loss: float | None = None, tokens: int = 0) -> dict[str, float]:
-        """After step `step` (counted from 1) of `tokens` tokens. Returns `rates()`."""
-        self.step, self._tokens = step, self._tokens + tokens
-        now = self._clock()
-        self._marks.append((now - self._idle, step, self._tokens))
-        rates = self.rates()
-        due = now - self._printed_at >= (0.1 if self._tty else self._every) or (not self._tty and step - self._printed_step >= self.total / 10)
-        if not self._quiet and (due or step >= self.total):
-            self._print(self._text(loss, rates), now)
-        return rates
-
-    def rates(self) -> dict[str, float]:
-        """steps_per_second, tokens_per_second, flops_per_second, mfu: those that are known. {} before the second step."""
-        if len(self._marks) < 2 or (dt := self._marks[-1][0] - self._marks[0][0]) <= 0:
-            return {}
-        out = {"steps_per_second": (self._marks[-1][1] - self._marks[0][1]) / dt}
-        tokens = self._marks[-1][2] - self._marks[0][2]
-        if tokens:
-            out["tokens_per_second"] = tokens / dt
-            if self._flops_per_token:
-                out["flops_per_second"] = tokens / dt * self._flops_per_token
-                if self._peak:
-                    out["mfu"] = out["flops_per_second"] / self._peak
-        return out
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent here is in no rate."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            self._idle += self._clock() - begin
-
-    def close(self) -> None:
-        """Leaves the last line standing."""
-        if self._tty and self._width:
-            self._stream.write("\n")
-            self._stream.flush()
-        self._width = 0
-
-    def _text(self, loss: float | None, rates: dict[str, float]) -> str:
-        parts = [f"{self.stage} {self.step}/{self.total}"]
-        if loss is not None:
-            parts.append(f"loss {loss:.4f}")
-        if rates:
-            parts.append(f"{rates['steps_per_second']:.3g} steps/s")
-        if "tokens_per_second" in rates:
-            parts.append(f"{_si(rates['tokens_per_second'])} tokens/s")
-        if "mfu" in rates:
-            parts.append(f"MFU {100 * rates['mfu']:.1f}%")
-        elif "flops_per_second" in rates:
-            parts.append(f"{_si(rates['flops_per_second'])}FLOP/s")
-        if rates.get("steps_per_second"):
-            parts.append(f"ETA {_duration((self.total - self.step) / rates['steps_per_second'])}")
-        elif not rates:
-            parts.append("first step done, timing from here")
-        return " | ".join(parts)
-
-    def _print(self, text: str, now: float) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not end a run
-            self._stream.write("\r" + text.ljust(self._width) if self._tty else text + "\n")
-            self._stream.flush()
-        self._printed_at, self._printed_step, self._width = now, self.step, len(text)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
@@ -377,13 +284,3 @@ def _leaves(x: Any, name: str = "") -> dict[str, Any]:
     if isinstance(x, dict) and x:
         return {k: v for key, value in x.items() for k, v in _leaves(value, f"{name}.{key}" if name else str(key)).items()}
     return {name: x}
-
-
-def _si(x: float) -> str:
-    power = min(5, max(0, math.floor(math.log(max(x, 1) * 1.0005, 1000))))  # 999.6 is 1k, not 1e+03
-    return f"{x / 1000**power:.3g}{' kMGTP'[power].strip()}"
-
-
-def _duration(seconds: float) -> str:
-    s = int(seconds)
-    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}"

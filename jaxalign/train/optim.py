@@ -9,8 +9,10 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from jaxalign import tree
+from jaxalign.train.adam8bit import scale_by_adam8bit
 from jaxalign.types import Tree, UserError
 
 
@@ -18,7 +20,7 @@ from jaxalign.types import Tree, UserError
 class Optim:
     """AdamW by default, with the decay of GPT-3 and LLaMA: matrices only."""
 
-    name: str = "adamw"  # adamw | adam_tf | sgd | lion | adafactor | rmsprop
+    name: str = "adamw"  # one of OPTIMIZERS
     lr: float = 3e-4
     schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
     warmup: int = 0  # steps from 0 to lr
@@ -31,6 +33,8 @@ class Optim:
     lr_scale: tuple[tuple[str, float], ...] = ()  # regex -> multiple of lr
     freeze: tuple[str, ...] = ()  # regexes of what is not trained
     max_grad_norm: float | None = 1.0
+    mu_dtype: str | None = None  # of the first moment: bfloat16, or as the params (the second, which moves by 1 - b2, would stand still in bf16)
+    offload: bool = False  # keep the optimizer's state in the host's memory between updates
 
     def __post_init__(self):
         for f in ("lr", "end", "b1", "b2", "eps", "weight_decay"):
@@ -43,11 +47,15 @@ class Optim:
             raise UserError(f"optim.schedule {self.schedule!r} is unknown; choose constant, linear or cosine")
         if self.name not in OPTIMIZERS:
             raise UserError(f"optim.name {self.name!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+        if self.mu_dtype is not None and (self.mu_dtype != "bfloat16" or self.name not in MOMENTA):
+            raise UserError(f"optim.mu_dtype {self.mu_dtype!r} with {self.name}: it may be bfloat16, with {', '.join(MOMENTA)}; else leave it out")
+        if self.name == "schedule_free_adamw" and not (self.schedule == "constant" and self.b1 > 0):
+            raise UserError("schedule_free_adamw averages in place of decaying: set optim.schedule to constant (after the warm-up), and optim.b1 > 0")
 
 
-def scale_by_adam_tf(b1, b2, eps) -> optax.GradientTransformation:
+def scale_by_adam_tf(b1, b2, eps, mu_dtype=None) -> optax.GradientTransformation:
     """Adam as TensorFlow has it: eps joins the uncorrected second moment, so early steps are smaller (methods.md 4.9)."""
-    plain = optax.scale_by_adam(b1=b1, b2=b2, eps=0.0)
+    plain = optax.scale_by_adam(b1=b1, b2=b2, eps=0.0, mu_dtype=mu_dtype)
 
     def update(grads, state, params=None):
         _, new = plain.update(grads, state, params)
@@ -58,14 +66,36 @@ def scale_by_adam_tf(b1, b2, eps) -> optax.GradientTransformation:
     return optax.GradientTransformation(plain.init, update)
 
 
-OPTIMIZERS: dict[str, Callable[[Optim], optax.GradientTransformation]] = {
-    "adamw": lambda o: optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
-    "adam_tf": lambda o: scale_by_adam_tf(o.b1, o.b2, o.eps),
-    "sgd": lambda o: optax.identity(),
-    "lion": lambda o: optax.scale_by_lion(b1=o.b1, b2=o.b2),
-    "adafactor": lambda o: optax.scale_by_factored_rms(),
-    "rmsprop": lambda o: optax.scale_by_rms(decay=o.b2, eps=o.eps),
+def adafactor(o: Optim, params: Tree) -> optax.GradientTransformation:
+    """Shazeer & Stern 2018 (1804.04235): a factored second moment and updates of RMS at most 1 (their d). Neither relative
+    steps nor steps relative to the parameters' size: rate and schedule are those of the config, as for every optimizer."""
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def muon(o: Optim, params: Tree) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the matrices of the layers, each of a stacked leaf [L,in,out] by itself; Adam for all
+    else: embeddings, heads, norms, biases. Momentum 0.95, and updates of RMS 0.2, which is about Adam's, so that one rate and
+    one decay do for both (Liu et al. 2025, 2502.16982, section 2.2)."""
+    labels = tree.map_named(lambda n, x: "muon" if "layers/" in n and x.ndim >= 3 else "adam", params)
+    # Left to itself optax takes 2-D leaves alone, and would give every stacked weight to Adam without a word.
+    sides = lambda p: jax.tree.map(lambda x: contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,)), p)
+    rms = optax.stateless(lambda u, _: jax.tree.map(lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x, u))
+    matrices = optax.chain(contrib.scale_by_muon(mu_dtype=o.mu_dtype, weight_dimension_numbers=sides), rms)
+    return optax.partition({"muon": matrices, "adam": optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps, mu_dtype=o.mu_dtype)}, labels)
+
+
+OPTIMIZERS: dict[str, Callable[[Optim, Tree], optax.GradientTransformation]] = {
+    "adamw": lambda o, _: optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps, mu_dtype=o.mu_dtype),
+    "adam_tf": lambda o, _: scale_by_adam_tf(o.b1, o.b2, o.eps, o.mu_dtype),
+    "adamw_8bit": lambda o, _: scale_by_adam8bit(b1=o.b1, b2=o.b2, eps=o.eps),
+    "sgd": lambda o, _: optax.identity(),
+    "lion": lambda o, _: optax.scale_by_lion(b1=o.b1, b2=o.b2, mu_dtype=o.mu_dtype),
+    "adafactor": adafactor,
+    "rmsprop": lambda o, _: optax.scale_by_rms(decay=o.b2, eps=o.eps),
+    "muon": muon,
+    "schedule_free_adamw": lambda o, _: optax.scale_by_rms(decay=o.b2, eps=o.eps, eps_in_sqrt=False, bias_correction=True),
 }
+MOMENTA = ("adamw", "adam_tf", "lion", "muon")  # those whose first moment may be bf16
 
 
 def schedule(o: Optim, steps: int) -> Callable:
@@ -97,11 +127,14 @@ def decayed(o: Optim, params: Tree) -> Tree:
 def make(o: Optim, steps: int, params: Tree) -> tuple[optax.GradientTransformation, Callable]:
     """(transformation, schedule). Clipping is done by the step, which reports the norm before it."""
     rate = schedule(o, steps)
-    chain = [OPTIMIZERS[o.name](o)]
+    chain = [OPTIMIZERS[o.name](o, params)]
     if o.weight_decay:
         chain.append(optax.add_decayed_weights(o.weight_decay, mask=decayed(o, params)))
     if o.lr_scale:
         factors = tree.select(params, o.lr_scale, 1.0)
         chain.append(optax.stateless(lambda u, _: jax.tree.map(lambda x, f: x * f, u, factors)))
     chain.append(optax.scale_by_schedule(lambda t: -rate(t)))
-    return optax.chain(*chain), rate
+    tx = optax.chain(*chain)
+    if o.name == "schedule_free_adamw":  # Defazio et al. 2024 (2405.15682); b1 mixes the average into where gradients are taken
+        tx = contrib.schedule_free(tx, rate, b1=o.b1)
+    return tx, rate

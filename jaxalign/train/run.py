@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxalign import shard, tree
 from jaxalign.train import state as states
 from jaxalign.train.checkpoint import Checkpoints
-from jaxalign.train.log import Progress, RunLog
+from jaxalign.train.log import RunLog
+from jaxalign.train.progress import Phases, Progress, Trace, peak_memory, summary
 from jaxalign.train.state import TrainState
 from jaxalign.types import Source, UserError
 
@@ -134,6 +135,7 @@ def train(
     name: str = "train",
     settings: dict | None = None,
     config: dict | None = None,
+    trace: Trace = Trace(),
 ) -> TrainState:
     """Run to `loop.steps`, from the newest checkpoint if there is one. Returns the last state.
 
@@ -151,29 +153,33 @@ def train(
     if begin >= loop.steps:
         log.event("already_complete", step=begin)
         return state
-    skipped = meta.get("skipped", {"in_a_row": 0, "total": 0})
+    skipped, before = meta.get("skipped", {"in_a_row": 0, "total": 0}), meta.get("productive", 0.0)
     progress = Progress(name, loop.steps, start=begin, flops_per_token=flops_per_token, peak_flops=peak_flops, process_index=jax.process_index())
     count_tokens = jax.jit(lambda segments: sum((s != 0).sum() for s in segments))
-    clock, seconds = time.perf_counter, {"data": 0.0, "step": 0.0, "eval": 0.0, "save": 0.0}
-
-    @contextlib.contextmanager
-    def timed(phase):
-        t = clock()
-        yield
-        seconds[phase] += clock() - t
+    phases, began = Phases(), log.began()
+    if hasattr(source, "phase"):  # of online sources: the loop sees one draw where they sample, score and compute advantages
+        source.phase = phases
+    log.timings(begin, {"time": time.time()})
 
     def save():
-        with timed("save"), progress.paused():
+        with phases("save"), progress.paused():
             d = source.state_dict()
             arrays = {"state": state, "source": d.pop("arrays", {})}
-            checkpoints.save(done, arrays, {"source": d, "skipped": skipped, "offsets": log.offsets(), "settings": settings or {}})
+            rest = {"skipped": skipped, "productive": before + phases.productive(), "offsets": log.offsets(), "settings": settings or {}}
+            checkpoints.save(done, arrays, {"source": d, **rest})
 
-    with _stop_signal() as stopping, jax.set_mesh(mesh):
+    def timings():
+        now = time.time()
+        counted = {"goodput": (before + phases.productive()) / max(now - began, 1e-9), "compilations": phases.compilations, "peak_memory_bytes": peak_memory()}
+        return {"time": now, **{f"seconds/{k}": v for k, v in phases.seconds.items()}, **counted, **progress.rates()}
+
+    with _stop_signal() as stopping, jax.set_mesh(mesh), phases, trace:
         while done < loop.steps:
-            with timed("data"):
+            trace.at(done - begin + 1)
+            with phases("data"):
                 batch = shard.place(source.next(state), mesh)
                 tokens = count_tokens([x for n, x in tree.flat(batch).items() if n.split("/")[-1] == "segments"])
-            with timed("step"):
+            with phases("step"), jax.profiler.StepTraceAnnotation(name, step_num=done + 1):
                 state, metrics = step(state, frozen, batch)
                 metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
             done += 1
@@ -184,9 +190,10 @@ def train(
                 log.event("skipped_step", step=done, loss=metrics["loss"], grad_norm=metrics["grad_norm"], in_a_row=skipped["in_a_row"])
             last = done == loop.steps
             if evaluate is not None and (last or (loop.eval_every and done % loop.eval_every == 0)):
-                with timed("eval"), progress.paused():
+                with phases("eval"), progress.paused():
                     numbers |= {f"eval/{k}": v for k, v in evaluate(state).items()}
-            if last or done % loop.log_every == 0 or bad:
+            due = last or done % loop.log_every == 0 or bad
+            if due:
                 log.metrics(done, numbers)
             if rows := getattr(source, "samples", list)():
                 log.samples(done, rows)
@@ -194,11 +201,13 @@ def train(
             if skipped["in_a_row"] >= loop.max_skipped:
                 raise UserError(f"{name}: {skipped['in_a_row']} steps in a row had a loss or gradient that is not finite, the last at step {done}; params are those before them. Lower optim.lr, or look for the batch in {log.workdir}/events.jsonl")
             stop = stopping()
-            if checkpoints is not None and (last or stop or (loop.save_every and done % loop.save_every == 0)):
+            saves = checkpoints is not None and (last or stop or (loop.save_every and done % loop.save_every == 0))
+            if saves:
                 save()
-                log.timings(done, {f"seconds/{k}": v for k, v in seconds.items()} | progress.rates())
+            if due or saves:
+                log.timings(done, timings())
             if stop:
                 log.event("interrupted", step=done)
                 raise Interrupted()
-        progress.close()
+        progress.close(summary(timings()))
     return state

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
 from jaxalign import shard, tree
 from jaxalign.types import Objective, Tree
@@ -24,8 +25,12 @@ class TrainState:
     key: jax.Array  # the root key: never split, never replaced; every draw folds purpose, step and row into it
 
 
-def create(params: Tree, tx: optax.GradientTransformation, objective: Objective, seed: int, mesh=None) -> TrainState:
-    """A state at step 0. With a mesh, optimizer moments take their parameter's sharding and the rest is replicated."""
+def create(params: Tree, tx: optax.GradientTransformation, objective: Objective, seed: int, mesh=None, *, offload: bool = False) -> TrainState:
+    """A state at step 0. With a mesh, optimizer moments take their parameter's sharding and the rest is replicated.
+
+    offload: the optimizer's arrays lie in the host's memory; `step.make_step` moves them for the update.
+    Of abstract params (ShapeDtypeStruct with shardings, see `shard.abstract`) an abstract state.
+    """
 
     def rest(p):
         return (
@@ -44,13 +49,30 @@ def create(params: Tree, tx: optax.GradientTransformation, objective: Objective,
     # aux trees shaped like params (targets, averages) are sharded like them; anything else is small.
     aux_sh = of_params if jax.tree.structure(out[2]) == same else jax.tree.map(lambda _: shard.replicated(mesh), out[2])
     whole = shard.replicated(mesh)
-    step, opt_state, aux, key = jax.jit(rest, out_shardings=(whole, shard.like(tx, of_params, out[1], mesh), aux_sh, whole))(params)
+    opt_sh = shard.like(params, out[1], mesh)
+    if offload:
+        opt_sh = jax.tree.map(lambda s, x: s.with_memory_kind("pinned_host") if x.size > 1 else s, opt_sh, out[1])
+    make = jax.jit(rest, out_shardings=(whole, opt_sh, aux_sh, whole))
+    imagined = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+    step, opt_state, aux, key = make.eval_shape(params) if imagined else make(params)
     return TrainState(step, params, opt_state, aux, key)
 
 
 def abstract(state: TrainState) -> TrainState:
     """Shapes, dtypes and shardings: what a checkpoint restores into."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def averaged(state: TrainState) -> Tree:
+    """The params to evaluate and to keep: those trained, or their average where the optimizer makes one.
+
+    Schedule-free optimizers take gradients at y = (1 - b1) z + b1 x and keep z; x is the average (2405.15682, equation 3).
+    """
+    found = optax.tree.get(state.opt_state, "ScheduleFreeState")
+    if found is None:
+        return state.params
+    near = found._replace(z=jax.tree.map(lambda z, p: jax.device_put(z, p.sharding), found.z, state.params))  # it may lie on the host
+    return contrib.schedule_free_eval_params(near, state.params)
 
 
 def count(state: TrainState) -> int:

@@ -92,6 +92,7 @@ def make_step(
         raise UserError("this objective is not a sum over examples, so gradient accumulation would change it; set accumulate = 1")
 
     def step(state: TrainState, frozen: Tree, batch: Tree):
+        state = state.replace(opt_state=_near(state.opt_state, shardings))
         key = nn.fold(state.key, "loss", state.step)
         loss, metrics, grads = gradient(objective, state.params, frozen, state.aux, batch, key, accumulate)
         norm = optax.tree.norm(grads)
@@ -110,6 +111,13 @@ def make_step(
         return new, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
     return jax.jit(step, donate_argnums=0, **({} if shardings is None else {"out_shardings": (shardings, None)}))
+
+
+def _near(opt_state: Tree, shardings: TrainState | None) -> Tree:
+    """The optimizer's state in the device's memory; the step's shardings take it back to where it came from."""
+    if shardings is None:
+        return opt_state
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.with_memory_kind("device")) if s.memory_kind == "pinned_host" else x, opt_state, shardings.opt_state)
 
 
 def _updates_done(opt_state) -> jax.Array:

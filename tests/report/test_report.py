@@ -57,8 +57,9 @@ def synthesise(workdir, steps=400):
                         log.samples(i, [{"prompt": "p", "completion": HOSTILE, "score": 1.5}])
                 log.metrics(i, row)
             log.event("resume", step=200)
-            log.timings(200, {"data": 1.0, "save": 2.0, "tokens_per_second": 9e4})
-            log.timings(400, {"data": 0.5, "save": 1.0, "tokens_per_second": 1.234e5})
+            log.timings(200, {"time": 7.0, "seconds/data": 1.0, "seconds/save": 2.0, "compilations": 2, "tokens_per_second": 9e4, "goodput": 0.5})
+            log.timings(200, {"time": 9.0})  # started again
+            log.timings(400, {"time": 9.5, "seconds/data": 0.5, "seconds/save": 1.0, "compilations": 1, "tokens_per_second": 1.234e5, "goodput": 0.75, "peak_memory_bytes": 600 * 2**20})
             if name == "ppo":
                 log.event("skipped_step", step=17, loss=float("nan"), grad_norm=float("inf"), in_a_row=1)
                 log.event("skipped_step", step=17, loss=float("nan"), grad_norm=float("inf"), in_a_row=1)
@@ -116,8 +117,7 @@ def test_a_pipeline(whole):
         assert figure in page.text, figure
     for title in ("Pretraining", "Supervised fine-tuning", "Reward model", "PPO", "DPO", "Gold reward against KL", "entropy floor1.220", "gold reward0.8775"):
         assert title in page.text, title
-    assert "data 1.50 s" in page.text  # 1.0 before the resume, 0.5 after
-    assert "123,400 tokens/s" in page.text
+    assert "tokens/sgoodputsave, sdata, scompiledpeak MiB123,40075 %367 %1.5033 %3600" in page.text  # 1.0 s of data before the resume, 0.5 after
     raw = path.read_text(encoding="utf-8")
     assert "nan" not in re.sub(r"<(style|pre).*?</\1>", "", raw, flags=re.S)  # in no coordinate
     assert "http:" not in raw and "https:" not in raw and "url(" not in raw and "@import" not in raw

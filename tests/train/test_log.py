@@ -1,6 +1,5 @@
 """The run directory survives kills, and equal numbers are equal bytes."""
 
-import io
 import json
 import math
 import os
@@ -183,42 +182,6 @@ def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match=r"jaxalign\[tensorboard\]"):
         log.TensorBoard(tmp_path)
-
-
-class Tty(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_leaves_the_compile_and_pauses_out():
-    now, out = [0.0], io.StringIO()
-    bar = log.Progress("sft", 100, stream=out, clock=lambda: now[0], flops_per_token=2e9, peak_flops=1e13)
-    now[0] = 60.0  # compiling
-    assert bar.update(1, 5.0, tokens=1000) == {}
-    for step in range(2, 12):
-        now[0] += 0.5
-        if step == 5:
-            with bar.paused():
-                now[0] += 30
-        rates = bar.update(step, 4.0, tokens=1000)
-    # 10 steps in 5 s = 2 steps/s = 2000 tokens/s = 4e12 FLOP/s of 1e13 = 40 %
-    assert rates == pytest.approx({"steps_per_second": 2, "tokens_per_second": 2000, "flops_per_second": 4e12, "mfu": 0.4})
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 2  # step 1, and step 5 after the pause of 30 s
-    assert lines[-1].startswith("sft 5/100 | loss 4.0000 |") and "2 steps/s | 2k tokens/s | MFU 40.0%" in lines[-1] and "ETA 0:00:4" in lines[-1]
-
-
-def test_progress_on_a_terminal_and_without_a_peak():
-    now, out = [0.0], Tty()
-    bar = log.Progress("ppo", 3, stream=out, clock=lambda: now[0], flops_per_token=1e9)
-    for step in (1, 2, 3):
-        now[0] += 1
-        bar.update(step, 1.0, tokens=10)
-    bar.close()
-    assert out.getvalue().count("\r") == 3 and out.getvalue().endswith("\n") and "10GFLOP/s" in out.getvalue() and "MFU" not in out.getvalue()
-    quiet = io.StringIO()
-    log.Progress("x", 1, process_index=1, stream=quiet).update(1)
-    assert quiet.getvalue() == ""
 
 
 def test_lock_names_the_holder_and_dies_with_it(tmp_path):
