@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.data.sources import Offline, eval_batches
+from jaxalign.rl.engine import generate
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.rewards import model_scores
-from jaxalign.rl.rollout import Sampling, check_length, generate
+from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.types import Model, Pairs, Rankings, ScalarModel, Tree
 
 

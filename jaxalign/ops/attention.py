@@ -21,9 +21,9 @@ BLOCK = 64
 
 
 def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window=None, positions=None) -> jax.Array:
-    """bool[B,T,S]. `positions`, of queries and of keys, measure the window where slots have holes between them."""
+    """bool[B,T,S]; q_slots [T] or [B,T]. `positions`, of queries and of keys, measure the window where slots have holes between them."""
     ok = (q_segments[:, :, None] == kv_segments[:, None, :]) & (q_segments[:, :, None] != 0)
-    gap = (q_slots[:, None] - kv_slots[None, :])[None]
+    gap = q_slots[..., :, None] - kv_slots
     if causal:
         ok &= gap >= 0
     if window is not None:
@@ -103,7 +103,7 @@ _causal.defvjp(_causal_fwd, _causal_bwd)
 def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, positions=None, scale=None, softcap=None, bias=None) -> jax.Array:
     """Softmax attention: q [B,T,N,H], k and v [B,S,K,H] -> [B,T,N,H].
 
-    q_segments i32[B,T], kv_segments i32[B,S]; `start` is the slot of the first query (the cache's length before it).
+    q_segments i32[B,T], kv_segments i32[B,S]; `start` is the slot of the first query (the cache's length before it), i32[] or i32[B].
     `window`: how many keys a query sees, itself included (None: all); it may be traced, and needs `positions` (i32[B,T],
     i32[B,S]) where keys lie in a cache with holes. `softcap` c bounds scores by
     c tanh(s / c) (Gemma 2, 2408.00118, section 2). `bias` f[N,T,S] or [B,N,T,S] is added to scaled scores (T5).
@@ -119,6 +119,6 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
     if causal and T == S and bias is None and isinstance(start, int):
         out = _causal(softcap, q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
     else:
-        ok = visible(q_segments, kv_segments, start + jnp.arange(T), jnp.arange(S), causal=causal, window=window, positions=positions)
+        ok = visible(q_segments, kv_segments, jnp.asarray(start)[..., None] + jnp.arange(T), jnp.arange(S), causal=causal, window=window, positions=positions)
         out = _plain(q, k, v, ok, scale, softcap, bias)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)

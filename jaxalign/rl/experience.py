@@ -19,7 +19,8 @@ from jaxalign.ops.logprob import before, logprob, targets
 from jaxalign.ops.masked import masked_mean, masked_whiten
 from jaxalign.rl import rewards
 from jaxalign.rl.control import KL
-from jaxalign.rl.rollout import Sampling, generate
+from jaxalign.rl.engine import generate
+from jaxalign.rl.rollout import Sampling
 from jaxalign.types import Experience, Model, Rollout, ScalarModel, Source
 
 
