@@ -28,10 +28,14 @@ class Sampling:
     top_p: float = 1.0
     pad: int = 0
     slots: int = 0  # rows decoded at once where there are more, see `rl.engine`; 0: all
+    draft: str = ""  # "ngram", or the directory of a smaller model: speculative decoding, see `rl.speculative`
+    draft_tokens: int = 4  # drafted at a time
 
     def __post_init__(self):
-        if self.slots < 0:
-            raise UserError(f"sampling.slots {self.slots}: 0 decodes all rows at once, a number of 1 or more so many")
+        if self.slots < 0 or self.draft_tokens < 1:
+            raise UserError(f"sampling.slots {self.slots} must be 0 (all rows at once) or more, sampling.draft_tokens {self.draft_tokens} 1 or more")
+        if self.slots and self.draft:
+            raise UserError("sampling.slots and sampling.draft do not go together: choose one")
         if not (self.max_new >= 1 and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UserError(f"sampling needs max_new >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self}")
 
