@@ -28,7 +28,7 @@ from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.types import Objective, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets; f32 runs report FLOP/s only.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
@@ -267,8 +267,9 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
     if options["ptx_coef"]:
         mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
     shaping = {k: rl[k] for k in fields(experience.make_experience) if k in rl}
+    how = sampling(w, c.sampling)
     source = experience.PPOSource(
-        prompts, model, value, reference, scorer, sampling(w, c.sampling), w.mesh, epochs=rl.epochs, minibatches=rl.minibatches,
+        prompts, model, value, reference, scorer, how, w.mesh, draft=drafter(w, how), epochs=rl.epochs, minibatches=rl.minibatches,
         kl=KL(rl.beta, rl.target, rl.horizon), seed=w.config.seed, mix=mix, decode=w.decode, frozen=frozen, **plain(ConfigDict(shaping)),
     )  # fmt: skip
     return model, objective, source, {"policy": policy, "value": critic}

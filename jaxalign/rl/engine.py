@@ -19,19 +19,25 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.ops import nn
-from jaxalign.rl import rollout
+from jaxalign.rl import rollout, speculative
 from jaxalign.rl.rollout import Sampling, draw, grouped, together, uniforms
 from jaxalign.types import Model, Prompts, Rollout, Tree, UserError
 
 SMALLEST = 16  # shortest prompt bucket
 
 
-def generate(model: Model, how: Sampling, params: Tree, prompts: Prompts, key, version=0, *, group: int = 1) -> Rollout:
-    """`rollout.generate`, in how.slots slots where there are more rows than these (0: all rows at once).
+def generate(model: Model, how: Sampling, params: Tree, prompts: Prompts, key, version=0, *, group: int = 1, draft: tuple[Model, Tree] | None = None) -> Rollout:
+    """`rollout.generate` by the means that `how` names: in how.slots slots where there are more rows than these (0: all rows at
+    once), or speculatively, with how.draft "ngram" or, loaded as `draft`, a smaller model and its weights.
 
     Not to be called inside a jit: the host refills the slots. Raises UserError for slots that the mesh does not divide, and for
     models that read an input of their own for every row (encoder-decoders) or that keep no keys.
     """
+    if how.draft:
+        if draft is None and how.draft != "ngram":
+            raise UserError(f"sampling.draft {how.draft!r} was not loaded: here it can only be 'ngram'")
+        small, weights = draft or (None, None)
+        return speculative.generate(model, how, params, prompts, key, version, group=group, draft=small, draft_params=weights)[0]
     rows = prompts.tokens.shape[0] * group
     if not 0 < how.slots < rows:
         return rollout.generate(model, how, params, prompts, key, version, group=group)

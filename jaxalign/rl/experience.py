@@ -115,11 +115,13 @@ class PPOSource:
         mix: Source | None = None,
         decode: Callable | None = None,
         frozen: dict | None = None,
+        draft: tuple | None = None,
         **options,
     ):
         self.prompts, self.model, self.value, self.reference, self.scorer = prompts, model, value, reference, scorer
         self.sampling, self.mesh, self.epochs, self.minibatches = sampling, mesh, epochs, minibatches
         self.kl, self.seed, self.mix, self.decode, self.options = kl, seed, mix, decode, options
+        self.draft = draft  # a smaller model and its weights, where sampling.draft names one
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
         self._metrics, self._samples = {}, []
@@ -130,7 +132,7 @@ class PPOSource:
         prompts = shard.place(batch._replace(records=()), self.mesh)
         key = nn.fold(state.key, "rollout", self.iteration)
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
-        rollout = generate(self.model, self.sampling, params["policy"], prompts, key, state.step)
+        rollout = generate(self.model, self.sampling, params["policy"], prompts, key, state.step, draft=self.draft)
         scores = self.scorer(rollout, batch)
         self.experience, metrics = make_experience(
             self.model, self.value, params, self.reference, rollout, scores, self.beta, temperature=self.sampling.temperature or 1.0, **self.options
