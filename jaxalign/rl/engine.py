@@ -20,7 +20,7 @@ import numpy as np
 from jaxalign import shard
 from jaxalign.ops import nn
 from jaxalign.rl import rollout, speculative
-from jaxalign.rl.rollout import Sampling, draw, grouped, together, uniforms
+from jaxalign.rl.rollout import Sampling, draw, for_decoding, grouped, together, uniforms
 from jaxalign.types import Model, Prompts, Rollout, Tree, UserError
 
 SMALLEST = 16  # shortest prompt bucket
@@ -55,7 +55,7 @@ def _run(model, how, params, prompts, key, version, shards):
     B, N = how.slots, how.max_new
     few = min(B, -(-max(B // 4, 1) // shards) * shards)  # slots that are refilled together: reading prompts one by one would cost more than it wins
     lengths = shard.to_host(jnp.sum(prompts.segments != 0, 1))
-    light = _light(model, params)
+    light = for_decoding(model, params)
     c, u = _start(model, how, B, R, P, prompts.row, key)
     waiting = 0  # first row of the queue that has no slot yet
     while True:
@@ -84,11 +84,6 @@ def _right(p: Prompts) -> Prompts:
     real = at < length
     tokens = jnp.take_along_axis(p.tokens, jnp.where(real, at + end - length, 0), 1)
     return Prompts(tokens, real.astype(jnp.int32), jnp.where(real, at, 0), p.row)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _light(model, params):
-    return nn.for_decoding(params, model.init_cache(1, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

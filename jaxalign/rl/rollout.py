@@ -58,6 +58,12 @@ def uniforms(key, row, t):
     return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(row, t)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def for_decoding(model: Model, params):
+    """The weights for a decoding loop that is compiled apart from what comes before it, see `ops.nn.for_decoding`."""
+    return nn.for_decoding(params, model.init_cache(1, 1))
+
+
 def grouped(prompts: Prompts, group: int) -> Prompts:
     """Every prompt G times, side by side, sample g of row r drawing as row r G + g."""
     rows = (prompts.row[:, None] * group + jnp.arange(group, dtype=jnp.int32)).reshape(-1)

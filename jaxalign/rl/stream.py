@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.ops import nn
-from jaxalign.rl.rollout import Sampling, check_length, draw, uniforms
+from jaxalign.rl.rollout import Sampling, check_length, draw, for_decoding, uniforms
 from jaxalign.types import Model, Tree, UserError
 
 PIECE = 512  # tokens read at once: scores take PIECE x slots, where a long prompt's square would not fit
@@ -41,6 +41,7 @@ class Stream:
         self.model, self.params, self.mesh = model, params, mesh
         self.ids: list[int] = []
         self.read = 0
+        self._light: Tree | None = None  # the weights as the decoding loop reads them, once it has run
         self._cache: Tree | None = None
         self._rows = shard.batch_shards(mesh) if mesh is not None else 1  # the same row on each: a batch of one has no shards
 
@@ -100,7 +101,9 @@ class Stream:
                 cache = jax.tree.map(jnp.copy, self.model.init_cache(self._rows, size))
             elif cache["segments"].shape[1] < size:
                 cache = _grown(cache, size)
-            self._cache, *out = program(self.model, static, self.params, cache, at, *args)
+            if program is _decode and self._light is None:
+                self._light = for_decoding(self.model, self.params)
+            self._cache, *out = program(self.model, static, self._light if program is _decode else self.params, cache, at, *args)
         self.ids = ids
         return out
 
