@@ -29,7 +29,7 @@ from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets; f32 runs report FLOP/s only.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
@@ -313,7 +313,9 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
         step_of = lambda params, reference, rollout, scores, beta: make(model, params, reference, rollout, scores, **shaping)
         how |= dict(group=rl.group)
         objective, params = maker(model, **options), {"policy": policy}
-    return model, objective, online.OnlineSource(prompts, model, scorer, sampling(w, c.sampling), w.mesh, step_of, **how), params
+    sampler = sampling(w, c.sampling)
+    how["draft"] = drafter(w, sampler)
+    return model, objective, online.OnlineSource(prompts, model, scorer, sampler, w.mesh, step_of, **how), params
 
 
 def shares_prompt(model, mesh) -> bool:

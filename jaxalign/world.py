@@ -319,6 +319,16 @@ def sampling(w: World, c: ConfigDict, **over) -> Sampling:
     return Sampling(**{**plain(c), **over}, stop=stop_ids(w.tokenizer, w.template), pad=w.tokenizer.pad_id)
 
 
+def drafter(w: World, how: Sampling) -> tuple[Any, Tree] | None:
+    """(model, weights) of the run or directory that how.draft names; None where it names none."""
+    if how.draft in ("", "ngram"):
+        return None
+    small = _opened(w.find(how.draft), "", "")[0]
+    if small.tokenizer.vocab_size != w.tokenizer.vocab_size or any(small.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
+        raise UserError(f"sampling.draft {how.draft}: its tokenizer is another one; a draft must write in the same ids")
+    return small.model, load_params(w, how.draft, small.model.specs(), "sampling.draft")
+
+
 def prompt_rows(w: World, rows, batch: int) -> sources.Offline:
     """Prompts (records, or `read(path)`) in their own order, for sampling and evaluation, `batch` or a few more at a time."""
     shards = shard.batch_shards(w.mesh)

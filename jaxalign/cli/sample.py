@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -18,6 +19,9 @@ def define(fv):
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be given several times", flag_values=fv)
     flags.DEFINE_string("prompts", None, "a JSONL file of prompts", flag_values=fv)
     flags.DEFINE_integer("n", 1, "completions per prompt", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("slots", 0, "of many prompts, so many at a time, the next one as soon as one is done; 0: batches of 64", lower_bound=0, flag_values=fv)
+    flags.DEFINE_string("draft", "", "speculative decoding: ngram, or a run or directory with a smaller model of the same tokenizer", flag_values=fv)
+    flags.DEFINE_integer("draft_tokens", 4, "drafted at a time", lower_bound=1, flag_values=fv)
     flags.DEFINE_bool("json", False, "one JSON object per line, with the reason why it stopped: stop, length or string", flag_values=fv)
     flags.DEFINE_bool("stream", None, "show the text as it comes; default: for a single prompt on a terminal", flag_values=fv)
 
@@ -41,17 +45,18 @@ def main(fv, rest):
         raise UserError("no prompt: give --prompt='...' or --prompts=FILE.jsonl")
     records = [r for r in records for _ in range(fv.n)]
     asked = [_with_system(r, fv.system) for r in records] if fv.system is not None else records
-    one = len(records) == 1 and not fv.json and jax.process_count() == 1
+    one = len(records) == 1 and not fv.json and not fv.draft and jax.process_count() == 1
     if fv.stream and not one:
-        raise UserError("--stream shows one prompt as text, in one process: leave out the other prompts, --n and --json")
+        raise UserError("--stream shows one prompt as text, in one process: leave out the other prompts, --n, --json and --draft")
     if jax.process_index() == 0:
         for text in speaker.notes:
             speak.note(text)
-    batch = min(64, len(records))
+    how = dataclasses.replace(speaker.how, slots=fv.slots, draft=fv.draft, draft_tokens=fv.draft_tokens)
+    batch = min(32 * fv.slots or 64, len(records))
     source = build.prompt_rows(w, asked, batch)
     if one and (sys.stdout.isatty() if fv.stream is None else fv.stream):
         return _stream(speaker, source, build.shown(records[0]), fv.seed)
-    got = policy.sample(w.model, speaker.params, speaker.how, source, speaker.decode, jax.random.key(fv.seed), w.mesh, score=False)
+    got = policy.sample(w.model, speaker.params, how, source, speaker.decode, jax.random.key(fv.seed), w.mesh, score=False, draft=build.drafter(w, how))
     if jax.process_index():  # every process has all samples; one prints them
         return
     for r, text, length, cut in zip(records, got.completions, got.length, got.truncated):

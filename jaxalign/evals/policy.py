@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.data.sources import Offline, eval_batches
+from jaxalign.rl.engine import generate
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.rewards import model_scores
-from jaxalign.rl.rollout import Sampling, check_length, generate
+from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.types import Model, Pairs, Rankings, ScalarModel, Tree
 
 
@@ -25,16 +26,16 @@ class Samples(NamedTuple):
     truncated: np.ndarray  # bool[N]
 
 
-def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, key, mesh, *, reference: Tree | None = None, score: bool = True) -> Samples:
+def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, key, mesh, *, reference: Tree | None = None, score: bool = True, draft: tuple | None = None) -> Samples:
     """One completion per row of `prompts` (give a record several times for several).
 
-    score=False skips the log-probs (0 then): labelling does not need them.
+    draft: a smaller model and its weights, where how.draft names one. score=False skips the log-probs (0 then): labelling does not need them.
     """
     check_length(model, prompts.report()["max_length"] + how.max_new, "the longest prompt with max_new")
     parts = []
     with jax.set_mesh(mesh):
         for batch in eval_batches(prompts):
-            rollout = generate(model, how, params, shard.place(batch._replace(records=()), mesh), key)
+            rollout = generate(model, how, params, shard.place(batch._replace(records=()), mesh), key, draft=draft)
             total = lambda p: token_logps(model, p, rollout).logp.sum(1)
             logp = total(params) if score else rollout.truncated * 0
             ref = total(reference) if score and reference is not None else logp

@@ -101,7 +101,7 @@ _causal.defvjp(_causal_fwd, _causal_bwd)
 def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, windowed=None, positions=None, scale=None, softcap=None, bias=None) -> jax.Array:
     """Softmax attention: q [B,T,N,H], k and v [B,S,K,H] -> [B,T,N,H].
 
-    q_segments i32[B,T], kv_segments i32[B,S] (u32 with branches); `start` is the slot of the first query (the cache's length before it).
+    q_segments i32[B,T], kv_segments i32[B,S] (u32 with branches); `start` is the slot of the first query (the cache's length before it), i32[] or i32[B].
     `window`: how many keys a query sees, itself included (None: all); it may be traced, and needs `positions` (i32[B,T],
     i32[B,S]) where keys lie in a cache with holes. `windowed` bool[]: whether it holds (None: yes), for layers that differ
     within one program. `softcap` c bounds scores by
@@ -131,7 +131,7 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
     if causal and whole:
         out = _causal(softcap, q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
     else:
-        ok = visible(q_segments, kv_segments, start + jnp.arange(T), jnp.arange(S), causal=causal, window=window, positions=positions)
+        ok = visible(q_segments, kv_segments, jnp.asarray(start)[..., None] + jnp.arange(T), jnp.arange(S), causal=causal, window=window, positions=positions)
         out = name(_plain(q, k, v, ok, scale, softcap, bias), "attn")
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxalign import shard
 from jaxalign.ops import branches
-from jaxalign.ops.nn import Unembed, wide
+from jaxalign.ops.nn import Unembed, columns, wide
 
 
 class LogProbs(NamedTuple):
@@ -100,6 +100,14 @@ def _logits(x, u: Unembed, temperature):
 def logits(x: jax.Array, u: Unembed, temperature: float = 1.0) -> jax.Array:
     """f[B,T,D] -> f32[B,T,V]: for sampling the last position, never for a whole batch."""
     return _logits(x, u, temperature)[0]
+
+
+def next_logits(x, u: Unembed) -> jax.Array:
+    """f[B,D] -> f32[V,B], what follows one position of each row: vocabulary first, as `nn.columns` multiplies and `ops.sampling` reads."""
+    y = columns(u.weight, x)
+    y = y * u.scale if u.scale != 1.0 else y
+    y = y if u.bias is None else y + u.bias.astype(y.dtype)[:, None]
+    return y if u.softcap is None else u.softcap * jnp.tanh(y / u.softcap)
 
 
 def _back(dz, slope, x, u: Unembed, temperature):

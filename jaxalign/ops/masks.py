@@ -13,9 +13,9 @@ EVERYTHING = 2**30
 
 
 def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window=None, positions=None) -> jax.Array:
-    """bool[B,T,S]. `positions`, of queries and of keys, measure the window where slots have holes between them."""
+    """bool[B,T,S]; q_slots [T] or [B,T]. `positions`, of queries and of keys, measure the window where slots have holes between them."""
     ok = branches.same(q_segments, kv_segments)
-    gap = (q_slots[:, None] - kv_slots[None, :])[None]
+    gap = q_slots[..., :, None] - kv_slots
     if causal:
         ok &= gap >= 0
     if window is not None:

@@ -123,6 +123,7 @@ def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
 # A weight may be a dict in the place of its array, which no block ever sees (`models.lora` makes them):
 #   quantised   see `ops.quant`
 #   adapted     {"base" an array [I,O] or quantised, "a" [I,R], "b" [R,O], "scale" [], and for DoRA "magnitude" [O]}
+#   decoding    {"out_in" [O,I]}, see `for_decoding`
 # W' = W + scale a b (LoRA, Hu et al. 2106.09685), and with DoRA magnitude * W' / |W'| per output (Liu et al. 2402.09353).
 
 
@@ -137,11 +138,20 @@ def is_weight(w) -> bool:
 
 def _product(x: jax.Array, w) -> jax.Array:
     """f[n,I] x [I,O] -> f[n,O]"""
+    if isinstance(w, dict) and "out_in" in w:
+        return columns(w["out_in"], x).T.astype(x.dtype)
     if is_adapted(w):
         low = (x @ w["a"].astype(x.dtype)) * w["scale"].astype(x.dtype)
         y = _frozen(x, w["base"]) + low @ w["b"].astype(x.dtype)
         return y * (w["magnitude"] * dora_factor(w)).astype(x.dtype) if "magnitude" in w else y
     return _frozen(x, w) if quant.is_quantised(w) else x @ w.astype(x.dtype)
+
+
+def columns(w: jax.Array, x: jax.Array) -> jax.Array:
+    """[O,I] x f[n,I] -> [O,n], sums in at least f32: the form in which XLA's CPU backend multiplies few rows fastest. Behind the barriers,
+    because the compiler would else turn it into the other one."""
+    y = jnp.matmul(w.astype(x.dtype), jax.lax.optimization_barrier(x.T), preferred_element_type=wide(x))
+    return jax.lax.optimization_barrier(y)
 
 
 def _frozen(x: jax.Array, w) -> jax.Array:
@@ -302,12 +312,37 @@ def unstack(params: Tree, layers: int) -> list[Tree]:
     return [treedef.unflatten(p) for p in zip(*pieces)]
 
 
+BIG = 2**19  # entries of a matrix from which on a CPU reads it faster as (out, in)
+
+
+def for_decoding(params: Tree, cache: Tree) -> Tree:
+    """The weights as a loop over single tokens wants them, made once before it. Where layers are unrolled, every layer is an
+    array of its own: cut from the stack inside the loop, each would be copied at each step. On a CPU large matrices are
+    turned, for `columns`; in training (in, out) is the better form.
+    """
+
+    def turned(w):
+        return {"out_in": w.T} if not isinstance(w, dict) and w.ndim == 2 and w.size >= BIG and jax.default_backend() == "cpu" else w
+
+    def walk(path, p):
+        if isinstance(p, dict):
+            return {k: walk(k, v) for k, v in p.items()} if path != "layers" else layers(p)
+        return p
+
+    def layers(p):
+        n = jax.tree.leaves(p)[0].shape[0]
+        return tuple(jax.tree.map(turned, one, is_leaf=is_weight) for one in unstack(p, n))
+
+    return walk("", params) if cache and isinstance(cache["layers"], tuple) else params
+
+
 def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, remat: str = "none", each: Tree = ()):
     """x through L layers: block(params_l, x, cache_l) -> (x, cache_l). `x` may be any pytree.
 
     `each`, if there is any, is a fourth argument: leaves [L, ...] of what differs from layer to layer and is no weight (a window, say), as NumPy arrays: a scan
     reads them as it reads weights, and where layers are unrolled they are constants.
 
+    params: leaves [L, ...], or a tuple of L trees (`for_decoding`).
     scan=True compiles one layer (deep models); False unrolls them, which is faster where L is small, above all when
     decoding, because a scan copies each layer's cache in and out. The cache is stacked or a tuple accordingly.
     """
@@ -317,7 +352,7 @@ def stack(block: Callable, params: Tree, x, cache, layers: int, *, scan: bool, r
     if scan:
         return jax.lax.scan(lambda h, pce: block(pce[0], h, pce[1], *pce[2]), x, (params, cache, more))
     out = []
-    for i, (p, c) in enumerate(zip(unstack(params, layers), cache or (None,) * layers)):
+    for i, (p, c) in enumerate(zip(params if isinstance(params, tuple) else unstack(params, layers), cache or (None,) * layers)):
         x, c = block(p, x, c, *jax.tree.map(lambda e: e[i], more))
         out.append(c)
     return x, (tuple(out) if cache is not None else None)
@@ -342,18 +377,38 @@ def init_cache(layers: int, batch: int, size: int, kv_heads: int, width: int, dt
 
 
 def cache_open(cache: Tree, segments: jax.Array, positions: jax.Array | None = None) -> tuple[Tree, jax.Array, jax.Array]:
-    """Make room for T new tokens: (cache with their segments, kv segments [B,S], index of the first new slot)."""
+    """Make room for T new tokens: (cache with their segments, kv segments [B,S], index of the first new slot, i32[], or
+    i32[B] where "length" is: rows of their own lengths, each written behind its own)."""
     start = cache["length"]
     new = {"segments": segments} | ({"positions": positions} if "positions" in cache else {})
-    new = {k: jax.lax.dynamic_update_slice_in_dim(cache[k], v, start, axis=1) for k, v in new.items()}
+    if start.ndim:
+        put = lambda old, v: old.at[_slots(start, v)].set(v, mode="drop")
+    else:
+        put = lambda old, v: jax.lax.dynamic_update_slice_in_dim(old, v, start, axis=1)
+    new = {k: put(cache[k], v) for k, v in new.items()}
     return {**cache, **new, "length": start + segments.shape[1]}, new["segments"], start
+
+
+def _slots(start: jax.Array, new: jax.Array):
+    """Where new [B,T,...] goes in each row. What lies past the end is dropped by the writer; a slice would be moved back over older slots."""
+    rows, T = new.shape[:2]
+    return jnp.arange(rows)[:, None], start[:, None] + jnp.arange(T)
 
 
 def cache_write(kv: dict, k: jax.Array, v: jax.Array, start: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
     """k and v [B,T,K,H] into the slots from `start` on: (cache, all its keys [B,S,K,H], all its values)."""
-    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 2).astype(old.dtype), start, axis=2)
+    if start.ndim:
+        put = lambda old, new: old.at[(at := _slots(start, new))[0], :, at[1]].set(new.astype(old.dtype), mode="drop")
+    else:
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 2).astype(old.dtype), start, axis=2)
     kv = {"k": put(kv["k"], k), "v": put(kv["v"], v)}
     return kv, jnp.moveaxis(kv["k"], 2, 1), jnp.moveaxis(kv["v"], 2, 1)
+
+
+def cache_rows(f: Callable, cache: Tree, *others: Tree) -> Tree:
+    """f(leaf, *leaves of others, axis of the rows) on all of a cache that has rows; one length for all rows stays as it is."""
+    rows = lambda x, *more: f(x, *more, max(x.ndim - 4, 0)) if x.ndim else x  # keys are [..., B, K, S, H]
+    return jax.tree.map(rows, cache, *others)
 
 
 def cache_grow(cache: Tree, size: int) -> Tree:

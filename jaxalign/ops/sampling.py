@@ -1,4 +1,8 @@
-"""From logits to tokens, a random stream of its own for every row."""
+"""From logits to tokens, a random stream of its own for every row.
+
+`draw` works on logits [V,B], vocabulary first: a sum over the vocabulary then runs over whole vectors of rows. It reads
+them twice, for the maximum and for the sums of blocks, and keeps no probabilities.
+"""
 
 from __future__ import annotations
 
@@ -26,36 +30,61 @@ def filter_logits(logits, top_k: int = 0, top_p: float = 1.0):
     return logits
 
 
-def inverse_cdf(u, p):
-    """The first index whose cumulative weight exceeds u * total. u f32[B] in [0,1), p f32[B,V] >= 0 -> i32[B].
+def _first(found, weight):
+    """The first index where `found` and there is weight, else (rounding may carry an aim past the end) the last that has
+    weight. [n,B] -> i32[B]"""
+    n = weight.shape[0]
+    i = jnp.arange(n, dtype=jnp.int32)[:, None]
+    return jnp.minimum(jnp.where(found & (weight > 0), i, n).min(0), jnp.where(weight > 0, i, 0).max(0))
+
+
+def _blocks(z, top):
+    """f[V,B] -> sums of exp(z - top) over blocks of the vocabulary, [ceil(V / COLUMNS), B]; the last may be a short one."""
+    V, B = z.shape
+    whole = V - V % COLUMNS
+    parts = [jnp.exp(z[:whole].reshape(-1, COLUMNS, B) - top).sum(1)] if whole else []
+    parts += [jnp.exp(z[whole:] - top).sum(0, keepdims=True)] if V > whole else []
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def inverse_cdf(u, z, top=None, blocks=None):
+    """The first index whose cumulative weight exp(z) exceeds u * total. u f32[B] in [0,1), z f32[V,B], -inf for no weight -> i32[B].
 
     One uniform a row and a search in two levels: Gumbel noise over a whole vocabulary costs as much as a small model.
     """
-    B, V = p.shape
-    p = jnp.pad(p, ((0, 0), (0, -V % COLUMNS))).reshape(B, -1, COLUMNS)
-    blocks = jnp.cumsum(p.sum(-1), -1)
-    aim = u * blocks[:, -1]
-    # Rounding may carry the aim past the end: step back to the last block, and in it the last entry, that has weight.
-    last = lambda w: (w.shape[-1] - 1 - jnp.argmax((w > 0)[:, ::-1], -1)).astype(jnp.int32)
-    block = jnp.minimum((blocks <= aim[:, None]).sum(-1).astype(jnp.int32), last(p.sum(-1)))
-    row = jnp.take_along_axis(p, block[:, None, None], 1)[:, 0]
-    inner = jnp.cumsum(row, -1)
-    before = jnp.take_along_axis(blocks, block[:, None], 1)[:, 0] - inner[:, -1]
+    V, B = z.shape
+    top = z.max(0) if top is None else top
+    blocks = _blocks(z, top) if blocks is None else blocks
+    reached = jnp.cumsum(blocks, 0)
+    aim = u * reached[-1]
+    block = _first(reached > aim, blocks)
+    at = block * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)[:, None]
+    row = jnp.where(at < V, jnp.exp(jnp.take_along_axis(z, jnp.minimum(at, V - 1), 0) - top), 0.0)
+    inner = jnp.cumsum(row, 0)
+    before = jnp.take_along_axis(reached, block[None], 0)[0] - inner[-1]
     rest = jnp.maximum(aim - before, 0)  # below 0 by rounding, the first entry would win even with no weight
-    column = jnp.minimum((inner <= rest[:, None]).sum(-1).astype(jnp.int32), last(row))
-    return block * COLUMNS + column
+    return block * COLUMNS + _first(inner > rest, row)
+
+
+def draw(u, logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    """As `sample`, with a uniform per row, f32[B], and logits f32[V,B]."""
+    V = logits.shape[0]
+    z = logits.astype(jnp.float32)
+    z = z if temperature in (0, 1) else z / temperature
+    top = z.max(0)
+    blocks = _blocks(z, top)
+    if temperature == 0:
+        tokens = jnp.where(z == top, jnp.arange(V, dtype=jnp.int32)[:, None], V - 1).min(0)
+    elif 0 < top_k < V or top_p < 1:
+        tokens = inverse_cdf(u, filter_logits(z.T, top_k, top_p).T, top)
+    else:
+        tokens = inverse_cdf(u, z, top, blocks)
+    return tokens, jnp.take_along_axis(z, tokens[None], 0)[0] - top - jnp.log(blocks.sum(0))
 
 
 def sample(keys, logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-    """(tokens i32[B], logp f32[B] at this temperature, before any truncation). temperature 0 is greedy, with logp at 1.
+    """logits [B,V] -> (tokens i32[B], logp f32[B] at this temperature, before any truncation). temperature 0 is greedy, with logp at 1.
 
     keys: one per row, folded from the row's id and the number of tokens it has: a draw depends on nothing else.
     """
-    scaled = logits.astype(jnp.float32) / (temperature or 1.0)
-    lse = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
-    if temperature == 0:
-        tokens = jnp.argmax(logits, -1).astype(jnp.int32)
-    else:
-        kept = filter_logits(scaled, top_k, top_p)
-        tokens = inverse_cdf(jax.vmap(jax.random.uniform)(keys), jnp.exp(kept - lse))
-    return tokens, (jnp.take_along_axis(scaled, tokens[:, None], -1) - lse)[:, 0]
+    return draw(jax.vmap(jax.random.uniform)(keys), logits.T, temperature, top_k, top_p)

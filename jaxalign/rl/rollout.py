@@ -12,9 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops import nn
-from jaxalign.ops.logprob import logits
-from jaxalign.ops.sampling import sample
+from jaxalign.ops import nn, sampling
+from jaxalign.ops.logprob import next_logits
 from jaxalign.types import Model, Prompts, Rollout, UserError
 
 
@@ -28,8 +27,15 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     pad: int = 0
+    slots: int = 0  # rows decoded at once where there are more, see `rl.engine`; 0: all
+    draft: str = ""  # "ngram", or the directory of a smaller model: speculative decoding, see `rl.speculative`
+    draft_tokens: int = 4  # drafted at a time
 
     def __post_init__(self):
+        if self.slots < 0 or self.draft_tokens < 1:
+            raise UserError(f"sampling.slots {self.slots} must be 0 (all rows at once) or more, sampling.draft_tokens {self.draft_tokens} 1 or more")
+        if self.slots and self.draft:
+            raise UserError("sampling.slots and sampling.draft do not go together: choose one")
         if not (self.max_new >= 1 and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UserError(f"sampling needs max_new >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self}")
 
@@ -41,76 +47,105 @@ def check_length(model: Model, length: int, what: str) -> None:
         raise UserError(f"{what}: {length} tokens, and the model has {limit} positions (model.max_len); shorten the rows (data.max_len, data.seq_len, max_new) or take a longer model")
 
 
-def unembed_last(model: Model, params, x):
-    """Hidden f[B,1,D] -> logits f32[B,V]."""
-    return logits(x, model.unembed(params))[:, 0]
+def draw(model: Model, how: Sampling, params, x, u):
+    """Hidden f[B,1,D] and a uniform per row f32[B] -> (tokens i32[B], log-probs f32[B])."""
+    return sampling.draw(u, next_logits(x[:, 0], model.unembed(params)), how.temperature, how.top_k, how.top_p)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version=0) -> Rollout:
-    """Continue right- or left-padded prompts [B,P] -> Rollout with T = P + max_new.
+def uniforms(key, row, t):
+    """f32[T,B]: what rows i32[B] draw token t i32[T] with, from fold_in(fold_in(key, row), t)."""
+    one = lambda row, t: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), t))
+    return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(row, t)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def for_decoding(model: Model, params):
+    """The weights for a decoding loop that is compiled apart from what comes before it, see `ops.nn.for_decoding`."""
+    return nn.for_decoding(params, model.init_cache(1, 1))
+
+
+def grouped(prompts: Prompts, group: int) -> Prompts:
+    """Every prompt G times, side by side, sample g of row r drawing as row r G + g."""
+    rows = (prompts.row[:, None] * group + jnp.arange(group, dtype=jnp.int32)).reshape(-1)
+    return Prompts(*(jnp.repeat(x, group, 0) for x in prompts[:3]), rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("group",))
+def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version=0, *, group: int = 1) -> Rollout:
+    """Continue right- or left-padded prompts [B,P] -> Rollout with T = P + max_new, of B * group rows: `group` samples of
+    each prompt, which is read once. The same as generate(..., grouped(prompts, group), ...).
 
     Row i draws from fold_in(fold_in(key, row_i), t): neither its neighbours nor its slot matter. Pass
     ``prompts._replace(records=())``: records do not belong on the device.
     """
-    tokens, segments, positions, row = prompts.tokens, prompts.segments, prompts.positions, prompts.row
+    h = model.hidden(params, *prompts[:3], cache=model.init_cache(*prompts.tokens.shape))
+    cache = h.cache
+    if group > 1:
+        prompts = grouped(prompts, group)
+        cache = nn.cache_rows(lambda x, axis: jnp.repeat(x, group, axis), cache)
+    tokens, segments, _, row = prompts[:4]
     B, P = tokens.shape
     N = how.max_new
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
     length = segments.astype(bool).sum(1)  # of the prompt; also the position of the first new token
     stop = jnp.asarray(how.stop or (-1,), jnp.int32)
 
-    def draw(x, t):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-        return sample(keys, unembed_last(model, params, x), how.temperature, how.top_k, how.top_p)
-
-    h = model.hidden(params, tokens, segments, positions, cache=model.init_cache(B, P))
+    u = uniforms(key, row, jnp.arange(N))  # at once: a step that makes its own spends more on them than on small layers
     end = P - 1 - jnp.argmax((segments != 0)[:, ::-1], axis=1)  # slot of the last prompt token
-    first, logp = draw(jnp.take_along_axis(h.x, end[:, None, None], 1), 0)
+    x = jnp.take_along_axis(h.x, end[::group, None, None], 1)
+    first, logp = draw(model, how, params, jnp.repeat(x, group, 0) if group > 1 else x, u[0])
+    light = nn.for_decoding(params, cache)
 
     def alive(c):
         return (c["t"] < N) & ~c["done"].all()
 
     def body(c):
         t = c["t"]
-        h = model.hidden(params, c["token"][:, None], (~c["done"]).astype(jnp.int32)[:, None], (length + t - 1)[:, None], cache=c["cache"])
-        token, logp = draw(h.x, t)
+        h = model.hidden(light, c["token"][:, None], (~c["done"]).astype(jnp.int32)[:, None], (length + t - 1)[:, None], cache=c["cache"])
+        token, logp = draw(model, how, light, h.x, u[t])
         live = ~c["done"]
         return {
             "t": t + 1,
             "cache": h.cache,
             "token": jnp.where(live, token, how.pad),
             "done": c["done"] | (token[:, None] == stop).any(1),
-            "out": c["out"].at[:, t].set(jnp.where(live, token, how.pad)),
-            "logp": c["logp"].at[:, t].set(jnp.where(live, logp, 0.0)),
+            "out": c["out"].at[t].set(jnp.where(live, token, how.pad)),
+            "logp": c["logp"].at[t].set(jnp.where(live, logp, 0.0)),
             "count": c["count"] + live,
         }
 
     start = {
         "t": jnp.int32(1),
-        "cache": nn.cache_grow(h.cache, P + N),
+        "cache": nn.cache_grow(cache, P + N),
         "token": first,
         "done": (first[:, None] == stop).any(1),
-        "out": jnp.full((B, N), how.pad, jnp.int32).at[:, 0].set(first),
-        "logp": jnp.zeros((B, N), jnp.float32).at[:, 0].set(logp),
+        "out": jnp.full((N, B), how.pad, jnp.int32).at[0].set(first),
+        "logp": jnp.zeros((N, B), jnp.float32).at[0].set(logp),
         "count": jnp.ones((B,), jnp.int32),
     }
     c = jax.lax.while_loop(alive, body, start)
 
-    # Move prompt and completion together: slot s of a row is prompt token s, or completion token s - length.
+    return together(prompts, how.pad, c["out"].T, c["logp"].T, c["count"], c["done"], version)
+
+
+def together(prompts: Prompts, pad: int, out, logp, count, done, version) -> Rollout:
+    """Prompts [B,P] and what follows them, out and logp [B,N] of which count [B] are real, moved together and padded on the right."""
+    (B, P), N = prompts.tokens.shape, out.shape[1]
+    there = prompts.segments != 0
+    length, end = there.sum(1), P - 1 - jnp.argmax(there[:, ::-1], axis=1)
+    # Slot s of a row is prompt token s, or completion token s - length.
     slots = jnp.arange(P + N)[None]
     since = slots - length[:, None]
-    mask = (since >= 0) & (since < c["count"][:, None])
+    mask = (since >= 0) & (since < count[:, None])
     prompt_slot = jnp.clip(jnp.where(since < 0, slots + (end + 1 - length)[:, None], 0), 0, P - 1)
     pick = lambda a: jnp.take_along_axis(a, jnp.clip(since, 0, N - 1), 1)
     real = mask | (since < 0)
     return Rollout(
-        tokens=jnp.where(mask, pick(c["out"]), jnp.where(since < 0, jnp.take_along_axis(tokens, prompt_slot, 1), how.pad)),
+        tokens=jnp.where(mask, pick(out), jnp.where(since < 0, jnp.take_along_axis(prompts.tokens, prompt_slot, 1), pad)),
         mask=mask.astype(jnp.float32),
         segments=real.astype(jnp.int32),
         positions=jnp.where(real, slots, 0),
-        logp=jnp.where(mask, pick(c["logp"]), 0.0),
-        row=row,
+        logp=jnp.where(mask, pick(logp), 0.0),
+        row=prompts.row,
         version=jnp.asarray(version, jnp.int32),
-        truncated=1.0 - c["done"].astype(jnp.float32),
+        truncated=1.0 - done.astype(jnp.float32),
     )

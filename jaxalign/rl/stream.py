@@ -21,8 +21,7 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.ops import nn
-from jaxalign.ops.sampling import sample
-from jaxalign.rl.rollout import Sampling, check_length, unembed_last
+from jaxalign.rl.rollout import Sampling, check_length, draw, for_decoding, uniforms
 from jaxalign.types import Model, Tree, UserError
 
 PIECE = 512  # tokens read at once: scores take PIECE x slots, where a long prompt's square would not fit
@@ -42,6 +41,7 @@ class Stream:
         self.model, self.params, self.mesh = model, params, mesh
         self.ids: list[int] = []
         self.read = 0
+        self._light: Tree | None = None  # the weights as the decoding loop reads them, once it has run
         self._cache: Tree | None = None
         self._rows = shard.batch_shards(mesh) if mesh is not None else 1  # the same row on each: a batch of one has no shards
 
@@ -101,7 +101,9 @@ class Stream:
                 cache = jax.tree.map(jnp.copy, self.model.init_cache(self._rows, size))
             elif cache["segments"].shape[1] < size:
                 cache = _grown(cache, size)
-            self._cache, *out = program(self.model, static, self.params, cache, at, *args)
+            if program is _decode and self._light is None:
+                self._light = for_decoding(self.model, self.params)
+            self._cache, *out = program(self.model, static, self._light if program is _decode else self.params, cache, at, *args)
         self.ids = ids
         return out
 
@@ -120,8 +122,8 @@ def _opened(cache, at):
 def _draw(model, how, params, x, draws, t):
     """Token t after the prompt, i32[B], drawn as `rollout.generate` draws it."""
     key, row = draws
-    key = jax.random.fold_in(jax.random.fold_in(key, row), t)
-    return sample(jnp.broadcast_to(key, x.shape[:1]), unembed_last(model, params, x), how.temperature, how.top_k, how.top_p)[0]
+    u = uniforms(key, row[None], t[None])[0]
+    return draw(model, how, params, x, jnp.broadcast_to(u, x.shape[:1]))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -131,7 +133,7 @@ def _read(model, how, params, cache, at, tokens, n, draws):
     real = jnp.broadcast_to(jnp.arange(T) < n, (B, T))
     h = model.hidden(params, tokens, real.astype(jnp.int32), jnp.where(real, at + jnp.arange(T), 0), cache=_opened(cache, at))
     last = jnp.broadcast_to(n - 1, (B, 1, 1))
-    return {**h.cache, "length": at + n}, _draw(model, how, params, jnp.take_along_axis(h.x, last, 1), draws, 0)
+    return {**h.cache, "length": at + n}, _draw(model, how, params, jnp.take_along_axis(h.x, last, 1), draws, jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

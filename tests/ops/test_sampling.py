@@ -12,6 +12,7 @@ from jaxalign.ops import nn, sampling
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 inverse_cdf = jax.jit(sampling.inverse_cdf)
+logs = lambda p: np.log(p, out=np.full(p.shape, -np.inf, np.float32), where=p > 0).T  # weights [B,V] -> what inverse_cdf reads, [V,B]
 KEYS = jax.jit(lambda n: jax.vmap(lambda i: nn.fold(jax.random.key(0), "test", i))(jnp.arange(n)), static_argnums=0)
 
 
@@ -22,7 +23,7 @@ def test_a_grid_of_uniforms_gives_the_distribution_itself(V):
     p[::3] = 0  # also the first entry
     p /= 3 * p.sum()  # weights need not be normalised
     u = ((np.arange(M) + 0.5) / M).astype(np.float32)
-    got = np.asarray(inverse_cdf(u, np.broadcast_to(p, (M, V))))
+    got = np.asarray(inverse_cdf(u, logs(np.broadcast_to(p, (M, V)))))
     counts = np.bincount(got, minlength=V)
     # between two neighbours of the grid lies 1/M: no count is off by more than one, but for rounding
     assert np.abs(counts - M * p / p.sum()).max() < 1.1
@@ -43,7 +44,7 @@ def test_edges_never_pick_a_token_without_probability(V):
                 rows.append(p), us.append(np.clip(v, 0, 1))
         rows.append(p), us.append(1.0)
     rows = np.stack(rows)
-    got = np.asarray(inverse_cdf(np.array(us, np.float32), rows))
+    got = np.asarray(inverse_cdf(np.array(us, np.float32), logs(rows)))
     assert (rows[np.arange(len(got)), got] > 0).all()
 
 
