@@ -168,6 +168,8 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
             if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
                 raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
+            if c.rl.rollout_devices and batch * group % c.rl.rollout_devices:
+                raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {batch * group} answers of a rollout")
             if "group" in c.rl and c.rl.group < 2:
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
             for k, known in {"kl_estimator": KL_ESTIMATORS, "scale_rewards": GROUP_ADVANTAGES, "old_logp": experience.OLD_LOGP[:2]}.items():

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxalign import tree
 from jaxalign.models import decoder, gpt2, heads
-from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.objectives import grpo, lm, ppo, preference, reward
 from jaxalign.ops import nn
 from jaxalign.train import step
-from jaxalign.types import Experience, Pairs, Rankings, Tokens
+from jaxalign.types import Experience, GroupExperience, Pairs, Rankings, Tokens
 
 V = 16
 LLAMA = decoder.model(vocab=V, dim=16, layers=1, heads=4, kv_heads=2, hidden=24)
@@ -68,6 +68,14 @@ def experience(r, B, T):
     return Experience(*x, (-np.log(V) + 0.5 * noise()) * x.mask, noise(), noise(), noise())
 
 
+def grouped(r, B, T):
+    """As `experience`, without a critic: answers of uneven length, so that means over answers and over tokens differ."""
+    x = rows(r, B, T)
+    noise = lambda: (r.standard_normal((B, T)) * x.mask).astype(np.float32)
+    near = lambda: (-np.log(V) + 0.3 * noise()) * x.mask
+    return GroupExperience(*x, noise(), near(), near(), near())
+
+
 def mixed(r, B, T):
     return {"ppo": experience(r, B, T), "ptx": rows(r, B, T)}
 
@@ -86,6 +94,7 @@ CASES = {
     "ipo": (preference.ipo(LLAMA, beta=0.5), lambda: init(LLAMA), pairs),
     "hinge": (preference.hinge(LLAMA, beta=0.1), lambda: init(LLAMA), pairs),
     # Three weights that differ: completion tokens (policy, value, entropy), and the targets of the pretraining rows.
+    "grpo": (grpo.grpo(LLAMA, beta=0.3), lambda: {"policy": init(LLAMA)}, grouped),
     "ppo": (ppo.ppo(LLAMA, entropy_coef=0.02, value_coef=0.3, ptx_coef=0.7), lambda: init(LLAMA, value=True), mixed),
 }
 
