@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxalign import tree
+from jaxalign.data import packing
 from jaxalign.models import decoder, gpt2, heads
 from jaxalign.objectives import grpo, lm, ppo, preference, reward
 from jaxalign.ops import nn
 from jaxalign.train import step
-from jaxalign.types import Experience, GroupExperience, Pairs, Rankings, Tokens
+from jaxalign.types import Experience, GroupExperience, Pairs, Rankings, SharedPairs, Tokens
 
 V = 16
 LLAMA = decoder.model(vocab=V, dim=16, layers=1, heads=4, kv_heads=2, hidden=24)
@@ -55,6 +56,21 @@ def pairs(r, B, T):
     return Pairs(chosen, rows(r, B, T), -8 + noise(1), -8 + noise(1), np.abs(noise(0.3)))
 
 
+def shared_pairs(r, B, T):
+    """Pairs whose two answers stand behind their prompt in one row."""
+    documents = []
+    for _ in range(B):
+        prompt = list(r.integers(1, V, r.integers(1, T // 4 + 1)))
+        answers = [list(r.integers(1, V, r.integers(1, 3 * T // 8 + 1))) for _ in range(2)]
+        documents += [(prompt + a, [0] * len(prompt) + [1] * len(a)) for a in answers]
+    ids, mask = (np.concatenate([d[k] for d in documents]) for k in (0, 1))
+    docs = packing.Ragged(ids.astype(np.int32), mask.astype(np.uint8), np.cumsum([0] + [len(d[0]) for d in documents]))
+    one = 2 * np.arange(B)
+    layout = packing.share(docs, one, one + 1, T)
+    noise = lambda: (-8 + r.standard_normal(B)).astype(np.float32)
+    return SharedPairs(packing.fill_shared(docs, layout, np.arange(B), 0), noise(), noise(), noise())
+
+
 def rankings(r, B, T, K=4):
     """Ties, and slots without a candidate."""
     valid = (np.arange(K) < r.integers(2, K + 1, (B, 1))).astype(np.float32)
@@ -90,6 +106,7 @@ CASES = {
     "pairs": (reward.pairs(SCALAR, centre=0.5), lambda: init(SCALAR), pairs),
     "rankings": (reward.rankings(SCALAR, centre=0.5), lambda: init(SCALAR), rankings),
     "dpo": (preference.dpo(LLAMA, beta=0.1), lambda: init(LLAMA), pairs),
+    "dpo_shared": (preference.dpo(LLAMA, beta=0.1), lambda: init(LLAMA), shared_pairs),
     "cdpo": (preference.cdpo(LLAMA, beta=0.3, smoothing=0.2), lambda: init(LLAMA), pairs),
     "ipo": (preference.ipo(LLAMA, beta=0.5), lambda: init(LLAMA), pairs),
     "hinge": (preference.hinge(LLAMA, beta=0.1), lambda: init(LLAMA), pairs),

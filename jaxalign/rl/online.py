@@ -112,7 +112,7 @@ class OnlineSource:
         rollout = self._here(entry["rollout"])
         scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
         self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
-        self._metrics = {k: float(v) for k, v in metrics.items()}
+        self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if self.staleness:
             self._metrics["staleness"] = float(self.iteration - entry["born"])
         self.beta = self.kl.update(self.beta, self._metrics.get("objective/kl", 0.0), rollout.tokens.shape[0])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from jaxalign import shard, tree
+from jaxalign import build, shard, tree
 from jaxalign.objectives import grpo
 from jaxalign.ops import nn
 from jaxalign.ops.advantage import group_advantages
@@ -215,3 +215,21 @@ def test_a_run_on_split_devices_killed_and_resumed(tmp_path, monkeypatch):
     assert runs.facts(tmp_path / "cut") == runs.facts(tmp_path / "whole")
     rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
     assert [r["staleness"] for r in rows if "staleness" in r] == [0, 1] and "sampling/importance_sampling_ratio/mean" in rows[4]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"rl.group": 1}, "rl.group 1"),
+        ({"rl.scale_rewards": "grup"}, "did you mean 'group'"),
+        ({"rl.old_logp": "current"}, "rl.old_logp 'current'"),
+        ({"rl.staleness": -1}, "rl.staleness -1"),
+        ({"rl.importance_cap": 0.0}, "importance_cap 0.0"),
+        ({"data.batch_size": 3}, "with rl.group 4 answers each"),
+        ({"rl.rollout_devices": 3, "data.batch_size": 10}, "must divide the 40 answers"),
+        ({"rl.rollout_devices": 99}, "more devices"),
+    ],
+)
+def test_what_could_never_run_is_refused(change, named, tmp_path):
+    with pytest.raises(UserError, match=named):
+        build.check(runs.config("grpo", tmp_path, **{"data.batch_size": 8, "rl.minibatches": 1, **change}))
