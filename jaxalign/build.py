@@ -294,8 +294,9 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
 
 
 def shares_prompt(model, mesh) -> bool:
-    """Whether texts with one prompt may stand in one row: the family's attention must know branches, in whole rows."""
-    return getattr(model, "branches", False) and mesh.shape["context"] == 1
+    """Whether texts with one prompt may stand in one row: the family must allow it, and attention know branches, as the
+    blocked form of CPUs does; kernels compare segments, and cut rows travel in pieces."""
+    return getattr(model, "branches", False) and mesh.shape["context"] == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _critic(w: World, name: str, c: ConfigDict, scalar, learned: dict, draw: Callable, key):

@@ -6,6 +6,7 @@ Prompts -> G samples of each -> scores -> an experience -> epochs x minibatches 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from typing import Any, Callable
 
 import jax
@@ -69,6 +70,7 @@ class OnlineSource:
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
         self._queue: list[dict[str, Any]] = []  # rollouts under way: {"born": iteration, "rollout": ..., "scores": array or Future, if it has begun}
+        self.phase = lambda name: contextlib.nullcontext()  # who measures time puts a context manager here
         self._metrics, self._samples = {}, []
         self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
         self._thread = concurrent.futures.ThreadPoolExecutor(1) if staleness else None
@@ -76,8 +78,8 @@ class OnlineSource:
     # -- sampling ---------------------------------------------------------------------------------------------------
 
     def _sample(self, policy, prompts: Prompts, key, version) -> Rollout:
-        """The one place that samples."""
-        mesh = self.rollout_mesh
+        """The one place that samples: `group` rows for each prompt."""
+        prompts, mesh = repeated(prompts, self.group), self.rollout_mesh
         if mesh is None:
             return generate(self.model, self.sampling, policy, shard.place(prompts, self.mesh), key, version)
         policy, key, version = jax.device_put((policy, key, version), shard.replicated(mesh))
@@ -85,16 +87,20 @@ class OnlineSource:
             return generate(self.model, self.sampling, policy, shard.place(prompts, mesh), key, version)
 
     def _launch(self, params, state):
-        batch = repeated(self.prompts.next(state), self.group)
+        batch = self.prompts.next(state)
         key = nn.fold(state.key, "rollout", self.iteration + len(self._queue))
-        rollout = self._sample(params["policy"], batch._replace(records=()), key, state.step)
+        with self.phase("rollout"):
+            rollout = self._sample(params["policy"], batch._replace(records=()), key, state.step)
+            rollout = rollout if self.staleness else jax.block_until_ready(rollout)
+        batch = repeated(batch, self.group)
         entry = {"born": self.iteration, "rollout": rollout}
         where = getattr(self.scorer, "where", "")
         if self.staleness and where == "host":
             entry["scores"] = self._thread.submit(self.scorer, rollout, batch)
         elif not (self.staleness and where == "device"):  # those can wait for their turn: nothing of them is on the host
             entry["rollout"] = rollout = self._here(rollout)
-            entry["scores"] = self.scorer(rollout, batch)
+            with self.phase("score"):
+                entry["scores"] = self.scorer(rollout, batch)
         self._queue.append(entry)
 
     def _here(self, rollout: Rollout) -> Rollout:
@@ -111,8 +117,9 @@ class OnlineSource:
         entry = self._queue.pop(0)
         rollout = self._here(entry["rollout"])
         scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
-        self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
-        self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        with self.phase("experience"):
+            self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
+            self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if self.staleness:
             self._metrics["staleness"] = float(self.iteration - entry["born"])
         self.beta = self.kl.update(self.beta, self._metrics.get("objective/kl", 0.0), rollout.tokens.shape[0])
