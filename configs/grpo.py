@@ -44,14 +44,14 @@ def _reviews():
         "pretrain": build.stage(
             "lm",
             data=dict(path="data/pretrain.jsonl", eval_path="data/pretrain_eval.jsonl", batch_size=16, seq_len=128),
-            train=dict(steps=120),
+            train=dict(steps=100),
             optim=dict(lr=6e-3, schedule="linear", end=0.0, warmup=10),
         ),
         "sft": build.stage(
             "lm",
             init="pretrain",
             data=dict(path="data/sft.jsonl", eval_path="data/sft_eval.jsonl", batch_size=32, seq_len=128),
-            train=dict(steps=40),
+            train=dict(steps=30),
             optim=dict(lr=2e-3, warmup=5),
         ),
         "grpo": build.stage(

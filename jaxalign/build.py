@@ -175,6 +175,8 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
             if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
                 raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
+            if c.rl.rollout_devices and batch * group % c.rl.rollout_devices:
+                raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {batch * group} answers of a rollout")
             if "group" in c.rl and c.rl.group < 2:
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
             for k, known in {"kl_estimator": KL_ESTIMATORS, "scale_rewards": GROUP_ADVANTAGES, "old_logp": experience.OLD_LOGP[:2]}.items():
@@ -319,8 +321,9 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
 
 
 def shares_prompt(model, mesh) -> bool:
-    """Whether texts with one prompt may stand in one row: the family's attention must know branches, in whole rows."""
-    return getattr(model, "branches", False) and mesh.shape["context"] == 1
+    """Whether texts with one prompt may stand in one row: the family must allow it, and attention know branches, as the
+    blocked form of CPUs does; kernels compare segments, and cut rows travel in pieces."""
+    return getattr(model, "branches", False) and mesh.shape["context"] == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _critic(w: World, name: str, c: ConfigDict, scalar, learned: dict, draw: Callable, key):

@@ -153,7 +153,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         "adapter": dict(ADAPTER),
     }
     if kind == "pairs" and objective not in REWARDS or kind == "prompts" and not has_critic(maker):
-        c["data"]["share_prompt"] = True  # what answers one prompt stands with it in one row, where the model can
+        c["data"]["share_prompt"] = True  # what answers one prompt stands with it in one row, where that is exact and costs less
     if objective in REWARDS:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
     elif kind == "pairs":

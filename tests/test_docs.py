@@ -14,9 +14,10 @@ from absl import flags
 from jaxalign import build, config, types
 from jaxalign.cli import main as cli
 from jaxalign.data import formats
-from jaxalign.objectives import lm, ppo, preference, reward
-from jaxalign.rl.experience import make_experience
+from jaxalign.objectives import grpo, lm, ppo, preference, reward
+from jaxalign.rl.experience import group_experience, make_experience
 from jaxalign.train import optim, state, step
+from jaxalign.types import GroupExperience
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -179,6 +180,7 @@ def metric_names() -> set[str]:
     tx, schedule = optim.make(optim.Optim(), 1, {})
     extra = {
         "ppo": (ppo.ppo(tiny.LLAMA, entropy_coef=0.1, ptx_coef=0.1), lambda: tiny.init(tiny.LLAMA, value=True), tiny.mixed),
+        "grpo": (grpo.grpo(tiny.LLAMA), lambda: {"policy": tiny.init(tiny.LLAMA)}, lambda *a: GroupExperience(*tiny.rows(*a), *[np.zeros(a[1:], np.float32)] * 4)),
         "experts": (lm.lm(tiny.EXPERTS), lambda: tiny.init(tiny.EXPERTS), tiny.rows),
         "lm": (lm.lm(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rows),
         "dpo": (preference.dpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
@@ -189,7 +191,7 @@ def metric_names() -> set[str]:
         now = jax.eval_shape(lambda p: state.create(p, tx, objective, seed=0), params())
         metrics = jax.eval_shape(fn, now, {}, batch(r, 8, 12))[1]
         out |= set(metrics)
-        if name != "ppo":
+        if name not in ("ppo", "grpo"):
             def held_out_loss(p, b):
                 stats = {k: step.mean(*v) for k, v in objective.stats(p, {}, (), b).items()} if objective.stats else {}
                 return objective.loss(p, {}, (), b, jax.random.key(0), stats)
@@ -199,7 +201,9 @@ def metric_names() -> set[str]:
     params = tiny.init(tiny.LLAMA, value=True)
     x = tiny.rows(r, 8, 12)
     rollout = types.Rollout(*x, np.zeros((8, 12), np.float32), np.arange(8, dtype=np.int32), np.int32(0), np.zeros(8, np.float32))
-    out |= set(jax.eval_shape(lambda p: make_experience(tiny.LLAMA, None, p, p["policy"], rollout, np.zeros(8, np.float32), 0.1), params)[1])
+    out |= set(jax.eval_shape(lambda p: make_experience(tiny.LLAMA, None, p, p["policy"], rollout, np.zeros(8, np.float32), 0.1, importance_cap=2.0), params)[1])
+    out |= set(jax.eval_shape(lambda p: group_experience(tiny.LLAMA, p, p["policy"], rollout, np.zeros(8, np.float32), group=4, max_new=4), params)[1])
+    out.add("staleness")  # the source's own
     return out
 
 

@@ -18,7 +18,7 @@ STEPS = 20
 OPTIM = optim.Optim(lr=3e-3, schedule="cosine", warmup=2, eps=1e-4, weight_decay=0.01)
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: COMPILED.append(event) if "backend_compile" in event else None)
-NAMES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "ipo", "ppo"]
+NAMES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "dpo_shared", "ipo", "grpo", "ppo"]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,8 @@ def meshes():
 def specs_of(name):
     if name == "ppo":
         return {"policy": tiny.LLAMA.specs(), "value": heads.specs(tiny.LLAMA.config.dim)}
+    if name == "grpo":
+        return {"policy": tiny.LLAMA.specs()}
     return {"lm_gpt2": tiny.GPT2, "lm_experts": tiny.EXPERTS, "pairs": tiny.SCALAR, "rankings": tiny.SCALAR}.get(name, tiny.LLAMA).specs()
 
 
@@ -64,7 +66,7 @@ def test_the_mesh_follows_one_device(name, meshes):
     np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
     gap = tiny.far(jax.tree.map(np.asarray, s8.params), jax.tree.map(np.asarray, s1.params))
     assert gap < 1e-4, gap
-    big = s8.params["policy"] if name == "ppo" else s8.params.get("trunk", s8.params)
+    big = s8.params["policy"] if name in ("grpo", "ppo") else s8.params.get("trunk", s8.params)
     assert len({x.device for x in big["embed"].addressable_shards}) == 8
     assert big["embed"].addressable_shards[0].data.shape == (8, 8)  # [V 16, D 16] over tensor 2 and fsdp 2
 

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxalign import tree
+from jaxalign.data import packing
 from jaxalign.models import decoder, gpt2, heads
-from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.objectives import grpo, lm, ppo, preference, reward
 from jaxalign.ops import nn
 from jaxalign.train import step
-from jaxalign.types import Experience, Pairs, Rankings, Tokens
+from jaxalign.types import Experience, GroupExperience, Pairs, Rankings, SharedPairs, Tokens
 
 V = 16
 LLAMA = decoder.model(vocab=V, dim=16, layers=1, heads=4, kv_heads=2, hidden=24)
@@ -55,6 +56,21 @@ def pairs(r, B, T):
     return Pairs(chosen, rows(r, B, T), -8 + noise(1), -8 + noise(1), np.abs(noise(0.3)))
 
 
+def shared_pairs(r, B, T):
+    """Pairs whose two answers stand behind their prompt in one row."""
+    documents = []
+    for _ in range(B):
+        prompt = list(r.integers(1, V, r.integers(1, T // 4 + 1)))
+        answers = [list(r.integers(1, V, r.integers(1, 3 * T // 8 + 1))) for _ in range(2)]
+        documents += [(prompt + a, [0] * len(prompt) + [1] * len(a)) for a in answers]
+    ids, mask = (np.concatenate([d[k] for d in documents]) for k in (0, 1))
+    docs = packing.Ragged(ids.astype(np.int32), mask.astype(np.uint8), np.cumsum([0] + [len(d[0]) for d in documents]))
+    one = 2 * np.arange(B)
+    layout = packing.share(docs, one, one + 1, T)
+    noise = lambda: (-8 + r.standard_normal(B)).astype(np.float32)
+    return SharedPairs(packing.fill_shared(docs, layout, np.arange(B), 0), noise(), noise(), noise())
+
+
 def rankings(r, B, T, K=4):
     """Ties, and slots without a candidate."""
     valid = (np.arange(K) < r.integers(2, K + 1, (B, 1))).astype(np.float32)
@@ -66,6 +82,14 @@ def experience(r, B, T):
     x = rows(r, B, T)
     noise = lambda: (r.standard_normal((B, T)) * x.mask).astype(np.float32)
     return Experience(*x, (-np.log(V) + 0.5 * noise()) * x.mask, noise(), noise(), noise())
+
+
+def grouped(r, B, T):
+    """As `experience`, without a critic: answers of uneven length, so that means over answers and over tokens differ."""
+    x = rows(r, B, T)
+    noise = lambda: (r.standard_normal((B, T)) * x.mask).astype(np.float32)
+    near = lambda: (-np.log(V) + 0.3 * noise()) * x.mask
+    return GroupExperience(*x, noise(), near(), near(), near())
 
 
 def mixed(r, B, T):
@@ -82,10 +106,12 @@ CASES = {
     "pairs": (reward.pairs(SCALAR, centre=0.5), lambda: init(SCALAR), pairs),
     "rankings": (reward.rankings(SCALAR, centre=0.5), lambda: init(SCALAR), rankings),
     "dpo": (preference.dpo(LLAMA, beta=0.1), lambda: init(LLAMA), pairs),
+    "dpo_shared": (preference.dpo(LLAMA, beta=0.1), lambda: init(LLAMA), shared_pairs),
     "cdpo": (preference.cdpo(LLAMA, beta=0.3, smoothing=0.2), lambda: init(LLAMA), pairs),
     "ipo": (preference.ipo(LLAMA, beta=0.5), lambda: init(LLAMA), pairs),
     "hinge": (preference.hinge(LLAMA, beta=0.1), lambda: init(LLAMA), pairs),
     # Three weights that differ: completion tokens (policy, value, entropy), and the targets of the pretraining rows.
+    "grpo": (grpo.grpo(LLAMA, beta=0.3), lambda: {"policy": init(LLAMA)}, grouped),
     "ppo": (ppo.ppo(LLAMA, entropy_coef=0.02, value_coef=0.3, ptx_coef=0.7), lambda: init(LLAMA, value=True), mixed),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 from typing import Any, Callable
 
 import jax
@@ -16,7 +17,8 @@ import numpy as np
 from jaxalign import shard, tree
 from jaxalign.ops import nn
 from jaxalign.rl.control import KL
-from jaxalign.rl.rollout import Sampling, generate
+from jaxalign.rl.engine import generate
+from jaxalign.rl.rollout import Sampling
 from jaxalign.types import GroupExperience, Model, Prompts, Rollout, Source
 
 
@@ -63,35 +65,41 @@ class OnlineSource:
         staleness: int = 0,
         rollout_mesh=None,
         kind: type = GroupExperience,
+        draft: tuple | None = None,
     ):
         self.prompts, self.model, self.scorer, self.sampling, self.mesh, self._make, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
+        self.draft = draft  # a smaller model and its weights, where sampling.draft names one
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
         self._queue: list[dict[str, Any]] = []  # rollouts under way: {"born": iteration, "rollout": ..., "scores": array or Future, if it has begun}
+        self.phase = lambda name: contextlib.nullcontext()  # who measures time puts a context manager here
         self._metrics, self._samples = {}, []
         self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
         self._thread = concurrent.futures.ThreadPoolExecutor(1) if staleness else None
-        self.phase = lambda name: contextlib.nullcontext()  # who measures time puts a context manager here
         self._done = (lambda x: x) if staleness else jax.block_until_ready  # nothing overlaps: each phase ends where it ends
 
     # -- sampling ---------------------------------------------------------------------------------------------------
 
     def _sample(self, policy, prompts: Prompts, key, version) -> Rollout:
-        """The one place that samples."""
-        mesh = self.rollout_mesh
-        if mesh is None:
-            return generate(self.model, self.sampling, policy, shard.place(prompts, self.mesh), key, version)
-        policy, key, version = jax.device_put((policy, key, version), shard.replicated(mesh))
+        """The one place that samples: `group` rows for each prompt, which is read once where prompts divide among the devices."""
+        mesh = self.rollout_mesh or self.mesh
+        whole = len(prompts.tokens) * jax.process_count() % shard.batch_shards(mesh) == 0
+        prompts, group = (prompts, self.group) if whole else (repeated(prompts, self.group), 1)
+        go = functools.partial(generate, self.model, self.sampling, group=group)
+        if self.rollout_mesh is None:
+            return go(policy, shard.place(prompts, mesh), key, version, draft=self.draft)
+        policy, key, version, draft = jax.device_put((policy, key, version, self.draft and self.draft[1]), shard.replicated(mesh))
         with jax.set_mesh(mesh):
-            return generate(self.model, self.sampling, policy, shard.place(prompts, mesh), key, version)
+            return go(policy, shard.place(prompts, mesh), key, version, draft=self.draft and (self.draft[0], draft))
 
     def _launch(self, params, state):
-        batch = repeated(self.prompts.next(state), self.group)
+        batch = self.prompts.next(state)
         key = nn.fold(state.key, "rollout", self.iteration + len(self._queue))
         with self.phase("rollout"):
             rollout = self._done(self._sample(params["policy"], batch._replace(records=()), key, state.step))
+        batch = repeated(batch, self.group)
         entry = {"born": self.iteration, "rollout": rollout}
         where = getattr(self.scorer, "where", "")
         if self.staleness and where == "host":
@@ -119,7 +127,7 @@ class OnlineSource:
             scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
         with self.phase("experience"):
             self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
-            self._metrics = {k: float(v) for k, v in metrics.items()}
+            self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if self.staleness:
             self._metrics["staleness"] = float(self.iteration - entry["born"])
         self.beta = self.kl.update(self.beta, self._metrics.get("objective/kl", 0.0), rollout.tokens.shape[0])

@@ -8,6 +8,7 @@ import pytest
 from jaxalign.ops import advantage, masked
 
 VECTORS = Path(__file__).parents[1] / "vectors"
+GROUPS = np.load(VECTORS / "group_advantages.npz")
 STATS, PPO = np.load(VECTORS / "masked_stats.npz"), np.load(VECTORS / "ppo.npz")
 
 
@@ -107,3 +108,23 @@ def test_the_score_falls_on_the_last_valid_token():
     mask = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], np.float32)
     got = jax.jit(lambda: advantage.token_rewards(np.array([5.0, 7.0, 9.0], np.float32), np.ones((3, 4), np.float32), mask, 0.5))()
     np.testing.assert_array_equal(got, [[0, -0.5, 4.5, 0], [0, -0.5, 0, 6.5], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("suffix", ["", "_nan"])
+@pytest.mark.parametrize("scale", advantage.GROUP_ADVANTAGES)
+def test_group_advantages_of_trl(scale, suffix):
+    """Two weighted rewards, four prompts with four answers, the first group without variance; NaN where nothing was scored."""
+    each = GROUPS[f"rewards_per_func{suffix}"]
+    rewards = np.where(np.isnan(each).all(1), np.nan, np.nansum(each * GROUPS["reward_weights"], 1)).astype(np.float32)
+    group = int(GROUPS["group_size"])
+    got = jax.jit(lambda r: advantage.GROUP_ADVANTAGES[scale](r, group))(rewards)
+    close(got, GROUPS[f"grpo_adv__scale_{scale}" + ("__nan" if suffix else "")])
+    assert not np.asarray(got)[:group].any() or suffix
+    np.testing.assert_array_equal(advantage.constant_groups(rewards, group)[0], not suffix or len(set(rewards[:group][~np.isnan(rewards[:group])])) < 2)
+
+
+def test_segment_sums_by_loop():
+    segments = np.array([[1, 1, 2, 2, 2, 0], [1, 3, 3, 0, 0, 0]], np.int32)
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    want = [[x[b][segments[b] == s].sum() for s in segments[b]] for b in range(2)]
+    np.testing.assert_allclose(jax.jit(masked.segment_sums)(x, segments), want)

@@ -17,7 +17,7 @@ from jaxalign.train import optim, run, state, step
 from jaxalign.train.log import RunLog
 from jaxalign.types import Loss, Objective, Term, UserError
 
-CASES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "ppo"]
+CASES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "grpo", "ppo"]
 
 
 @functools.cache
@@ -104,6 +104,9 @@ def dirty(name, batch, r):
         exp, off = junk_in_padding(batch["ppo"], r), batch["ppo"].mask == 0
         exp = exp._replace(**{k: np.where(off, np.nan, getattr(exp, k)).astype(np.float32) for k in ("logp", "values", "advantages", "returns")})
         return {"ppo": exp, "ptx": junk_in_padding(batch["ptx"], r)}
+    if name == "grpo":
+        exp, off = junk_in_padding(batch, r), batch.mask == 0
+        return exp._replace(**{k: np.where(off, np.nan, getattr(exp, k)).astype(np.float32) for k in ("logp", "sampled", "ref_logp", "advantages")})
     return batch._replace(chosen=junk_in_padding(batch.chosen, r), rejected=junk_in_padding(batch.rejected, r))
 
 
