@@ -130,7 +130,7 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
 
 def together(prompts: Prompts, pad: int, out, logp, count, done, version) -> Rollout:
     """Prompts [B,P] and what follows them, out and logp [B,N] of which count [B] are real, moved together and padded on the right."""
-    (B, P), N = prompts.tokens.shape, out.shape[1]
+    P, N = prompts.tokens.shape[1], out.shape[1]
     there = prompts.segments != 0
     length, end = there.sum(1), P - 1 - jnp.argmax(there[:, ::-1], axis=1)
     # Slot s of a row is prompt token s, or completion token s - length.
