@@ -352,5 +352,3 @@ def test_drafts_and_slots_say_the_same(home, capsys):
     assert len(want) == 3
     for more in (["--draft=ngram"], [f"--draft={home / 'plain'}", "--draft_tokens=2"], ["--slots=2"]):
         assert said(*more) == want, more
-    with pytest.raises(UserError, match="draft"):
-        run("sample", f"--run={home / 'plain'}", "--prompt=a", "--draft=ngram", "--slots=2")
