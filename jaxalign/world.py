@@ -319,7 +319,7 @@ def sampling(w: World, c: ConfigDict, **over) -> Sampling:
     return Sampling(**{**plain(c), **over}, stop=stop_ids(w.tokenizer, w.template), pad=w.tokenizer.pad_id)
 
 
-def drafter(w: World, how: Sampling) -> tuple[Any, Tree] | None:
+def drafter(w: World, how: Sampling) -> tuple | None:
     """(model, weights) of the run or directory that how.draft names; None where it names none."""
     if how.draft in ("", "ngram"):
         return None

@@ -338,3 +338,17 @@ def test_weights_without_a_tokenizer_take_another(home, tmp_path, capsys):
     assert plain["completion"] != want["completion"]
     with pytest.raises(UserError, match="holds no tokenizer.model.*give 'bytes'"):
         build.trained(str(tmp_path))
+
+
+def test_drafts_and_slots_say_the_same(home, capsys):
+    """Greedily: a draft changes nothing, whether n-grams or a directory (here the model itself), nor do two slots for three prompts."""
+
+    def said(*more):
+        capsys.readouterr()
+        run("sample", f"--run={home / 'plain'}", "--prompt=the cat", "--prompt=tea", "--prompt=a", "--temperature=0", "--max_new=6", "--json", *more)
+        return capsys.readouterr().out.splitlines()
+
+    want = said()
+    assert len(want) == 3
+    for more in (["--draft=ngram"], [f"--draft={home / 'plain'}", "--draft_tokens=2"], ["--slots=2"]):
+        assert said(*more) == want, more

@@ -52,7 +52,7 @@ def generate(model: Model, how: Sampling, params: Tree, prompts: Prompts, key, v
 
 def _run(model, how, params, prompts, key, version, shards):
     R, P = prompts.tokens.shape
-    B, N = how.slots, how.max_new
+    B = how.slots
     few = min(B, -(-max(B // 4, 1) // shards) * shards)  # slots that are refilled together: reading prompts one by one would cost more than it wins
     lengths = shard.to_host(jnp.sum(prompts.segments != 0, 1))
     light = for_decoding(model, params)
@@ -116,7 +116,7 @@ def _noted(how, c, row, made, token, logp, live):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _admit(model, how, P, params, prompts, c, u, rows, slots):
     """Reads prompts `rows` i32[n] into `slots` i32[n] and draws the first token of each. A row or a slot past the end stands for none."""
-    R, B = c["out"].shape[0], c["done"].shape[0]
+    R = c["out"].shape[0]
     tokens, segments, positions = (jnp.take(x[:, :P], rows, axis=0, mode="fill", fill_value=0) for x in prompts[:3])
     h = model.hidden(params, tokens, segments, positions, cache=model.init_cache(len(rows), P))
     length = segments.sum(1)

@@ -17,6 +17,9 @@ from jaxalign.ops.logprob import next_logits
 from jaxalign.types import Model, Prompts, Rollout, UserError
 
 
+LONG = 256  # new tokens from which on a second loop, over a larger cache, is worth its compilation
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How to sample. temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
@@ -95,9 +98,6 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
     first, logp = draw(model, how, params, jnp.repeat(x, group, 0) if group > 1 else x, u[0])
     light = nn.for_decoding(params, cache)
 
-    def alive(c):
-        return (c["t"] < N) & ~c["done"].all()
-
     def body(c):
         t = c["t"]
         h = model.hidden(light, c["token"][:, None], (~c["done"]).astype(jnp.int32)[:, None], (length + t - 1)[:, None], cache=c["cache"])
@@ -113,23 +113,24 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
             "count": c["count"] + live,
         }
 
-    start = {
+    c = {
         "t": jnp.int32(1),
-        "cache": nn.cache_grow(cache, P + N),
+        "cache": cache,
         "token": first,
         "done": (first[:, None] == stop).any(1),
         "out": jnp.full((N, B), how.pad, jnp.int32).at[0].set(first),
         "logp": jnp.zeros((N, B), jnp.float32).at[0].set(logp),
         "count": jnp.ones((B,), jnp.int32),
     }
-    c = jax.lax.while_loop(alive, body, start)
-
+    # A step attends over all slots there are, so a long completion is given the second half of its own when it gets there.
+    for n in (N // 2, N) if N >= LONG else (N,):
+        c = jax.lax.while_loop(lambda c, n=n: (c["t"] < n) & ~c["done"].all(), body, {**c, "cache": nn.cache_grow(c["cache"], P + n)})
     return together(prompts, how.pad, c["out"].T, c["logp"].T, c["count"], c["done"], version)
 
 
 def together(prompts: Prompts, pad: int, out, logp, count, done, version) -> Rollout:
     """Prompts [B,P] and what follows them, out and logp [B,N] of which count [B] are real, moved together and padded on the right."""
-    (B, P), N = prompts.tokens.shape, out.shape[1]
+    P, N = prompts.tokens.shape[1], out.shape[1]
     there = prompts.segments != 0
     length, end = there.sum(1), P - 1 - jnp.argmax(there[:, ::-1], axis=1)
     # Slot s of a row is prompt token s, or completion token s - length.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxalign.ops import nn, sampling
 from jaxalign.ops.logprob import next_logits
 from jaxalign.rl.rollout import Sampling, grouped, together
-from jaxalign.types import Model, Prompts, Rollout, Tree, UserError
+from jaxalign.types import Model, Prompts, Tree, UserError
 
 
 def check(model: Model, draft: Model | None) -> None:

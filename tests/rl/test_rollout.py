@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from jaxalign.ops.logprob import logits
+from jaxalign.rl import rollout
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.types import Prompts
 
@@ -115,6 +116,16 @@ def test_it_ends_when_every_row_has_stopped():
     out = generate(model, Sampling(N, (), temperature=0), sharp(tiny.LLAMA), prompts(), KEY)
     jax.effects_barrier()
     assert (np.asarray(out.mask).sum(1) == N).all() and np.asarray(out.truncated).all() and len(model.seen) == N - 1
+
+
+def test_a_cache_that_grows_on_the_way_changes_nothing(monkeypatch):
+    how = Sampling(N, (3,), temperature=1.0, pad=12)
+    want = generate(tiny.LLAMA, how, sharp(tiny.LLAMA), prompts(), KEY)
+    monkeypatch.setattr(rollout, "LONG", 2)
+    got = generate(tiny.LLAMA, dataclasses.replace(how, pad=13), sharp(tiny.LLAMA), prompts(), KEY)  # another pad, so that it is traced again
+    np.testing.assert_array_equal(np.where(want.mask > 0, want.tokens, -1), np.where(got.mask > 0, got.tokens, -1))
+    np.testing.assert_allclose(want.logp, got.logp, atol=1e-5)
+    assert want.mask.sum(1).max() == N, "no row is long enough to need the second half"
 
 
 def completions(r):
