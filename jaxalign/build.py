@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxalign import shard, tree
+from jaxalign import chips, shard, tree
 from jaxalign.config import OBJECTIVES, REWARDS, adapter, adapts, base, check_finite, family, fields, imported, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
@@ -29,9 +29,6 @@ from jaxalign.train import checkpoint, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.types import Objective, Source, Tree, UserError
 from jaxalign.world import World, adapted_by, barrier, data_source, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
-
-# Dense bf16 FLOP/s of one device, from the makers' data sheets; f32 runs report FLOP/s only.
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -57,11 +54,6 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
     return evaluate
 
 
-def peak_flops() -> float | None:
-    kind = jax.devices()[0].device_kind
-    return next((v * jax.device_count() for k, v in PEAK.items() if k in kind), None)
-
-
 # -- one stage ------------------------------------------------------------------------------------------------------
 
 
@@ -84,24 +76,27 @@ class Stage:
     schedule: Callable
     adapted: Tree | None = None  # after `go`, if there are adapters: the params before merging
 
+    def begin(self) -> tuple[state.TrainState, Callable]:
+        """(state at step 0, the jitted step)."""
+        c = self.config
+        st = state.create(self.params, self.tx, self.objective, self.world.config.seed, self.world.mesh)
+        of = jax.tree.map(lambda x: x.sharding, st)
+        return st, step.make_step(self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule, shardings=of)
+
     def go(self) -> Tree:
         """Train to the end; returns the weights that later stages start from, adapters merged."""
         w, c = self.world, self.config
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
-            st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh)
-            fn = step.make_step(
-                self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
-                shardings=jax.tree.map(lambda x: x.sharding, st),
-            )  # fmt: skip
+            st, fn = self.begin()
             if adapts(c):
                 log.event("memory", **lora.memory(st.params, self.base, self.tx))
             length = c.data.get("seq_len") or 0
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=w.model.flops_per_token(length) if c.objective.name == "lm" and hasattr(w.model, "flops_per_token") and not adapts(c) else None,
-                peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
+                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = tree.merge(st.params, self.base) if self.base is not None else st.params
@@ -136,6 +131,8 @@ def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None
     """(params, head) of a trunk with the stage's adapters on a frozen, perhaps quantised, base; as given where it asks for none."""
     if not adapts(c):
         return params, head
+    if w.imagined is not None:
+        return w.imagined.adapted(w, c, params, head)
     path = Path(w.find(c.adapter.path)) if c.adapter.path else None
     path = path / "adapter" if path and (path / "adapter").is_dir() else path
     return peft.begin(w.model, params, head, adapter(c), nn.fold(key, "adapter"), quantised=c.adapter.quantise, path=path, mesh=w.mesh, rules=w.rules)
@@ -183,7 +180,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     options = {k: v for k, v in plain(c.objective).items() if k != "name"}
     key = nn.fold(jax.random.key(seed), "init", name)
     trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
-    draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules)
+    draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
     prepare = lambda b: b
 
@@ -253,7 +250,7 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
         if c.adapter.path:
             raise UserError(f"{name}: adapter.path is the policy's; a critic of its own (rl.value reward) needs adapter.rank instead")
         # Frozen buffers are never donated, so the critic's base may be the reward model itself; its head trains.
-        critic = {"trunk": adapted(w, c, nn.fold(key, "value"), reward_params["trunk"])[0], "head": jax.tree.map(jnp.copy, reward_params["head"])}
+        critic = {"trunk": adapted(w, c, nn.fold(key, "value"), reward_params["trunk"])[0], "head": jax.tree.map(jnp.copy if w.imagined is None else lambda x: x, reward_params["head"])}
         value = scalar
     elif rl.value == "reward" and reward_params is not None:
         # A copy: the trained critic's buffers are donated, the reward model's are not.

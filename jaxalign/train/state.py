@@ -25,7 +25,10 @@ class TrainState:
 
 
 def create(params: Tree, tx: optax.GradientTransformation, objective: Objective, seed: int, mesh=None) -> TrainState:
-    """A state at step 0. With a mesh, optimizer moments take their parameter's sharding and the rest is replicated."""
+    """A state at step 0. With a mesh, optimizer moments take their parameter's sharding and the rest is replicated.
+
+    Of abstract params (ShapeDtypeStruct with shardings, see `shard.abstract`) an abstract state.
+    """
 
     def rest(p):
         return (
@@ -44,7 +47,9 @@ def create(params: Tree, tx: optax.GradientTransformation, objective: Objective,
     # aux trees shaped like params (targets, averages) are sharded like them; anything else is small.
     aux_sh = of_params if jax.tree.structure(out[2]) == same else jax.tree.map(lambda _: shard.replicated(mesh), out[2])
     whole = shard.replicated(mesh)
-    step, opt_state, aux, key = jax.jit(rest, out_shardings=(whole, shard.like(tx, of_params, out[1], mesh), aux_sh, whole))(params)
+    make = jax.jit(rest, out_shardings=(whole, shard.like(tx, of_params, out[1], mesh), aux_sh, whole))
+    imagined = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+    step, opt_state, aux, key = make.eval_shape(params) if imagined else make(params)
     return TrainState(step, params, opt_state, aux, key)
 
 
