@@ -23,7 +23,7 @@ def define(fv):
 def main(fv, rest):
     needed(fv, "config")
     from jaxalign import build, chips
-    from jaxalign.plan import programs, roofline
+    from jaxalign.plan import programs, roofline, search
 
     config = fv.config
     name = roofline.chosen(config, fv.stage)
