@@ -158,7 +158,7 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     batch, shards = c.data.batch_size, shard.batch_shards(mesh)
     parts = c.rl.minibatches if "rl" in c else 1
     if min(batch, c.data.accumulate, parts) < 1 or batch % (parts * c.data.accumulate * shards):
-        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else ""))
+        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else ""))
     try:
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(c.rl.beta, c.rl.target, c.rl.horizon)

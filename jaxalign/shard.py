@@ -6,7 +6,9 @@ stream, hidden before the unembedding). The mesh is automatic: XLA propagates th
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Callable
 
 import jax
 import numpy as np
@@ -29,8 +31,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
 }
 
-# Logical axis of an activation -> mesh axis.
-ACTIVATIONS = {"batch": ("data", "fsdp"), "time": "context", "vocab": "tensor"}
+# Logical axis of an activation -> mesh axes. The expert axis cuts rows too: outside of the experts it is one more axis of data.
+ACTIVATIONS = {"batch": ("data", "fsdp", "expert"), "time": ("context",), "vocab": ("tensor",)}
+# What else `local` may cut: of weights, and of activations between two weights, where XLA finds out by itself.
+LOCAL = {**ACTIVATIONS, "embed": ("fsdp",), "heads": ("tensor",), "mlp": ("tensor",), "expert": ("expert",)}
 
 
 def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> Mesh:
@@ -99,12 +103,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    return ACTIVATIONS["batch"]
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; the rest whole."""
+    """Rows over data, fsdp and expert; the rest whole."""
     return NamedSharding(mesh, P(ACTIVATIONS["batch"]))
 
 
@@ -114,17 +114,104 @@ def batch_shards(mesh: Mesh | None = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in ACTIVATIONS["batch"])
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh in context, which may lie elsewhere (programs for a TPU compile on any host), or of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
+def _here() -> dict[str, int]:
+    """Axes of the mesh in context that XLA places by itself and that cut something."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {a: mesh.shape[a] for a in AXES if mesh.shape[a] > 1} if not mesh.empty and set(AXES) <= set(mesh.auto_axes) else {}
+
+
+def ways(name: str) -> int:
+    """Into how many pieces the mesh in context cuts a logical axis; 1 inside of `local`."""
+    return math.prod(_here().get(a, 1) for a in LOCAL[name])
+
+
 def constrain(x, *axes: str | None):
     """Pin an activation's sharding by logical names; a no-op without a mesh in context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+    here = _here()
+    if not here:
         return x
-    names = [ACTIVATIONS.get(a) if a else None for a in axes]
-    for i, (n, dim) in enumerate(zip(names, x.shape)):
-        n = (n,) if isinstance(n, str) else n
-        if n and dim % math.prod(mesh.shape[a] for a in n):
-            names[i] = None
-    return jax.lax.with_sharding_constraint(x, P(*names))
+    names = [a if a and dim % ways(a) == 0 else None for a, dim in zip(axes, x.shape)]
+    return jax.lax.with_sharding_constraint(x, P(*(ACTIVATIONS[a] if a else None for a in names)))
+
+
+# -- by hand: each device on its own piece --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Which mesh axes cut each logical axis of the arrays that a function has from `local`. Every method is the identity
+    where nothing is cut, so a function is written once for one device and for many."""
+
+    axes: dict[str, tuple[str, ...]]
+    sizes: dict[str, int]
+
+    def over(self, *names: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(a for n in names for a in self.axes.get(n, ())))
+
+    def ways(self, name: str) -> int:
+        return math.prod(self.sizes[a] for a in self.over(name))
+
+    def index(self, name: str):
+        """Which piece this device holds."""
+        return jax.lax.axis_index(self.over(name)) if self.over(name) else 0
+
+    def sum(self, x, *names: str, scatter: tuple[int, str] | None = None):
+        """x summed over the pieces of `names`; with `scatter` (dimension, name) each device keeps its piece of that dimension."""
+        over = self.over(*names)
+        kept = self.over(scatter[1]) if scatter else ()
+        assert set(kept) <= set(over), f"{scatter} is no part of the sum over {names}"
+        for a in kept:
+            x = jax.lax.psum_scatter(x, a, scatter_dimension=scatter[0], tiled=True)
+        rest = tuple(a for a in over if a not in kept)
+        return jax.lax.psum(x, rest) if rest else x
+
+    def max(self, x, *names: str):
+        return jax.lax.pmax(x, over) if (over := self.over(*names)) else x
+
+    def whole(self, x, dim: int, name: str):
+        """All pieces of one dimension, side by side."""
+        return jax.lax.all_gather(x, over, axis=dim, tiled=True) if (over := self.over(name)) else x
+
+    def turn(self, x, name: str, by: list[tuple[int, int]]):
+        """Every leaf of x from the i-th device along `name` to the j-th, for every (i, j)."""
+        return jax.lax.ppermute(x, self.over(name)[0], by)
+
+
+def local(f: Callable, *ins: Tree, out: Tree) -> Callable:
+    """f(pieces, *args) on each device's own piece of args (`jax.shard_map` over the mesh in context, all axes of it).
+
+    `ins` and `out` say how arguments and results are cut: strings of logical names, one per dimension, "." for one that stays
+    whole ("batch time ."); a string stands for every leaf of its argument. A name is cut only if its mesh axes divide it
+    wherever it occurs. Without a mesh, or where that leaves nothing to cut, f runs as it is, on the whole.
+    """
+
+    def run(*args):
+        here, sizes = _here(), {}
+
+        def note(names, arg):
+            for leaf in jax.tree.leaves(arg):
+                for name, dim in zip(names.split(), leaf.shape, strict=True):
+                    sizes.setdefault(name, []).append(dim)
+
+        jax.tree.map(note, ins, args)
+        axes = {n: tuple(a for a in LOCAL[n] if a in here) for n in sizes if n != "."}
+        axes = {n: a for n, a in axes.items() if a and not any(d % math.prod(here[x] for x in a) for d in sizes[n])}
+        if not set(axes.get("embed", ())) <= set(axes.get("batch", ())):
+            del axes["embed"]  # a weight's gradient is scattered in the sum over rows, so where rows are whole it stays whole
+        pieces = Pieces(axes, here)
+        if not axes:
+            return f(pieces, *args)
+        spec = lambda names: P(*(axes.get(n) for n in names.split()))
+        specs, outs = (jax.tree.map(spec, t) for t in (ins, out))
+        return jax.shard_map(lambda *a: f(pieces, *a), in_specs=specs, out_specs=outs, check_vma=False)(*args)
+
+    return run
 
 
 def local_rows(mesh: Mesh, batch: int) -> tuple[int, int]:
@@ -133,7 +220,7 @@ def local_rows(mesh: Mesh, batch: int) -> tuple[int, int]:
     Processes that share a data shard (a tensor axis across hosts) get the same slice.
     """
     if batch % batch_shards(mesh):
-        raise UserError(f"batch size {batch} is not a multiple of data x fsdp = {batch_shards(mesh)}; change the batch size or the mesh")
+        raise UserError(f"batch size {batch} is not a multiple of data x fsdp x expert = {batch_shards(mesh)}; change the batch size or the mesh")
     spans = [idx[0].indices(batch)[:2] for idx in batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()]
     start, stop = min(a for a, _ in spans), max(b for _, b in spans)
     return start // (stop - start), batch // (stop - start)

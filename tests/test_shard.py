@@ -70,7 +70,7 @@ def test_moments_carry_their_parameters_sharding(mesh):
 def test_rows(mesh):
     assert shard.batch_shards(mesh) == 4 and shard.batch_shards() == 1
     assert shard.local_rows(mesh, 8) == (0, 1)  # one process feeds everything
-    with pytest.raises(UserError, match="batch size 6 is not a multiple of data x fsdp = 4"):
+    with pytest.raises(UserError, match="batch size 6 is not a multiple of data x fsdp x expert = 4"):
         shard.local_rows(mesh, 6)
     batch = {"tokens": np.arange(8).reshape(8, 1), "beta": np.float32(2), "done": jnp.ones(3)}
     placed = shard.place(batch, mesh)

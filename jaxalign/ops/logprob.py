@@ -4,6 +4,10 @@
 recomputes a chunk's logits in its own VJP, exact for the cotangents of log-prob, entropy and lse. `linear_ce` (`lm`) and
 `token_loss` (`ppo`) are sums over tokens, linear in their one cotangent, so their gradients are made in the forward pass
 and no logits are computed twice. A chunk in which nothing is asked for (a prompt, padding) is skipped.
+
+On a mesh each device walks over its own rows, times and vocabulary (`shard.local`): the unembedding is gathered over fsdp
+once, never over the vocabulary; lse, entropy and the target's logit are sums over the vocabulary's pieces (Shoeybi et al.
+2019, 1909.08053, section 3); weight gradients add up on the device and are reduced once, after the last chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.ops.nn import Unembed, rows, wide
+from jaxalign.ops.nn import Unembed, wide
 
 
 class LogProbs(NamedTuple):
@@ -43,12 +47,31 @@ def targets(mask: jax.Array, segments: jax.Array) -> jax.Array:
     return mask * ((~firsts(segments)) & (segments != 0))
 
 
+# How inputs are cut.
+ROWS, STATES = "batch time", "batch time ."
+
+
+def _cut(u: Unembed) -> Unembed:
+    return u.replace(weight="vocab embed", bias=None if u.bias is None else "vocab")
+
+
+def _gathered(pieces, u: Unembed, dtype) -> Unembed:
+    """Over fsdp, in the dtype it is multiplied in: half of the bytes in bf16."""
+    return u.replace(weight=pieces.whole(u.weight.astype(dtype), 1, "embed")) if pieces.over("embed") else u
+
+
 def _chunk(B: int, T: int, V: int, cap: int | None) -> int:
     """Time steps per chunk: about 2^24 logits on a device (64 MiB in f32) on CPU, 2^27 elsewhere."""
-    budget = cap or (2**24 if jax.default_backend() == "cpu" else 2**27)
-    c = max(budget * shard.batch_shards() // (B * V), 1)
+    c = max((cap or (2**24 if shard.platform() == "cpu" else 2**27)) // (B * V), 1)
     n = max(-(-T // c), 1)  # equal chunks, so that padding is small
     return -(-T // n)
+
+
+def _asked(pieces, *chunks) -> jax.Array:
+    """bool[n]: in which chunks [n,b,c] anything is not 0. Devices that hold pieces of one vocabulary must go the same way, and
+    no device waits for another if all do."""
+    asked = sum((x != 0).any((1, 2)).astype(jnp.int32) for x in chunks)
+    return (pieces.max(asked, "batch", "time") if pieces.over("vocab") else asked) > 0
 
 
 def _split(a: jax.Array, c: int) -> jax.Array:
@@ -65,7 +88,7 @@ def _join(a: jax.Array, T: int) -> jax.Array:
 
 def _logits(x, u: Unembed, temperature):
     """(z [b,c,V] f32 after everything, dz/dy [b,c,V] or 1.0 with y the plain matmul)."""
-    y = jnp.einsum("nd,vd->nv", rows(x), u.weight.astype(x.dtype), preferred_element_type=wide(x)).reshape(*x.shape[:-1], -1)
+    y = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), u.weight.astype(x.dtype), preferred_element_type=wide(x)).reshape(*x.shape[:-1], -1)
     y = y * u.scale if u.scale != 1.0 else y
     y = y if u.bias is None else y + u.bias.astype(y.dtype)
     if u.softcap is None:
@@ -83,18 +106,45 @@ def _back(dz, slope, x, u: Unembed, temperature):
     """Cotangent of logits -> (dx, dweight f32, dbias f32)."""
     dy = dz * slope / temperature
     db = dy.sum((0, 1))
-    dy = rows(dy * u.scale if u.scale != 1.0 else dy).astype(x.dtype)
+    dy = (dy * u.scale if u.scale != 1.0 else dy).astype(x.dtype).reshape(-1, dy.shape[-1])
     dx = jnp.einsum("nv,vd->nd", dy, u.weight.astype(x.dtype), preferred_element_type=wide(x)).reshape(x.shape)
-    dw = jnp.einsum("nv,nd->vd", dy, rows(x), preferred_element_type=wide(x))
+    dw = jnp.einsum("nv,nd->vd", dy, x.reshape(-1, x.shape[-1]), preferred_element_type=wide(x))
     return dx, dw, db
 
 
-def _grads(u: Unembed, dw, db) -> Unembed:
-    return u.replace(weight=dw.astype(u.weight.dtype), bias=None if u.bias is None else db.astype(u.bias.dtype))
+def _grads(pieces, u: Unembed, dw, db) -> Unembed:
+    """Of the whole batch, of this device's piece of the weights."""
+    dw = pieces.sum(dw, "batch", "time", scatter=(1, "embed"))
+    return u.replace(weight=dw.astype(u.weight.dtype), bias=None if u.bias is None else pieces.sum(db, "batch", "time").astype(u.bias.dtype))
+
+
+def _states(pieces, dx, T: int) -> jax.Array:
+    """Chunks of cotangents of the states -> [B,T,D], each summed over the vocabulary."""
+    return pieces.sum(_join(dx, T), "vocab")
 
 
 def _zeros(u: Unembed, dtype):
     return jnp.zeros(u.weight.shape, dtype), jnp.zeros(u.weight.shape[:1], dtype)
+
+
+def _here(pieces, tokens, V: int) -> jax.Array:
+    """Ids as indices into this device's V rows of the unembedding; those of others lie outside of it."""
+    return tokens - pieces.index("vocab") * V
+
+
+def _softmax(pieces, z, tokens):
+    """(e^(z - top), top, its sum, the sum of e^(z - top) z, the target's logit), all but the first [b,c] and of the whole vocabulary."""
+    top = pieces.max(z.max(-1), "vocab")
+    e = jnp.exp(z - top[..., None])
+    own = _here(pieces, tokens, z.shape[-1])
+    hit = jnp.take_along_axis(z, jnp.clip(own, 0, z.shape[-1] - 1)[..., None], -1)[..., 0]
+    if pieces.over("vocab"):
+        hit = jnp.where((own >= 0) & (own < z.shape[-1]), hit, 0.0)
+    return e, top, *pieces.sum((e.sum(-1), (e * z).sum(-1), hit), "vocab")
+
+
+def _hot(pieces, z, tokens) -> jax.Array:
+    return jnp.arange(z.shape[-1]) == _here(pieces, tokens, z.shape[-1])[..., None]
 
 
 # -- log-probs ------------------------------------------------------------------------------------------------------
@@ -106,21 +156,16 @@ def logprob(x, unembed: Unembed, tokens, mask, *, temperature=1.0, chunk: int | 
     x f[B,T,D]; tokens i32[B,T]; mask f32[B,T], where 0 gives 0 and costs nothing if a whole chunk is 0. `chunk` bounds
     the logits held at once (elements). Differentiable in x, the unembedding and the temperature.
     """
-    c = _chunk(*x.shape[:2], unembed.weight.shape[0], chunk)
-    return LogProbs(*_logprob(x, unembed, jnp.asarray(temperature, wide(x)), tokens, mask.astype(wide(x)), c))
+    return LogProbs(*_logprob(x, unembed, jnp.asarray(temperature, wide(x)), tokens, mask.astype(wide(x)), chunk))
 
 
-def _stats(z, tokens, mask) -> LogProbs:
-    top = z.max(-1)
-    e = jnp.exp(z - top[..., None])
-    total = e.sum(-1)
+def _stats(pieces, z, tokens, mask) -> LogProbs:
+    _, top, total, product, hit = _softmax(pieces, z, tokens)
     lse = top + jnp.log(total)
-    entropy = lse - (e * z).sum(-1) / total
-    logp = jnp.take_along_axis(z, tokens[..., None], -1)[..., 0] - lse
-    return LogProbs(*(jnp.where(mask > 0, v, 0.0) for v in (logp, entropy, lse)))
+    return LogProbs(*(jnp.where(mask > 0, v, 0.0) for v in (hit - lse, lse - product / total, lse)))
 
 
-def _dz(z, tokens, mask, entropy, lse, g_logp, g_entropy, g_lse):
+def _dz(pieces, z, tokens, mask, entropy, lse, g_logp, g_entropy, g_lse):
     """Cotangent of the logits: d logp = onehot - p; d lse = p; d H = -p (log p + H). No g_entropy: entropy has none.
     Under the mask lse is 0, and a large logit would overflow."""
     log_p = z - lse[..., None]
@@ -128,47 +173,61 @@ def _dz(z, tokens, mask, entropy, lse, g_logp, g_entropy, g_lse):
     if g_entropy is not None:
         factor = factor - g_entropy[..., None] * (log_p + entropy[..., None])
     dz = jnp.exp(log_p) * factor
-    dz = jnp.where(jnp.arange(z.shape[-1]) == tokens[..., None], dz + g_logp[..., None], dz)
+    dz = jnp.where(_hot(pieces, z, tokens), dz + g_logp[..., None], dz)
     return jnp.where(mask[..., None] > 0, dz, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _logprob(x, u, temperature, tokens, mask, c):
-    return _logprob_fwd(x, u, temperature, tokens, mask, c)[0]
+def _logprob(x, u, temperature, tokens, mask, cap):
+    return _logprob_fwd(x, u, temperature, tokens, mask, cap)[0]
 
 
-def _logprob_fwd(x, u, temperature, tokens, mask, c):
-    def some(xc, tc, mc):
-        return tuple(_stats(_logits(xc, u, temperature)[0], tc, mc))
+def _logprob_fwd(x, u, temperature, tokens, mask, cap):
+    def walk(pieces, x, u, temperature, tokens, mask):
+        c = _chunk(*x.shape[:2], u.weight.shape[0], cap)
+        full = _gathered(pieces, u, x.dtype)
 
-    def body(_, xs):
-        none = lambda xc, tc, mc: (jnp.zeros_like(mc),) * 3
-        return None, jax.lax.cond(xs[2].any(), some, none, *xs)
+        def some(xc, tc, mc):
+            return tuple(_stats(pieces, _logits(xc, full, temperature)[0], tc, mc))
 
-    _, out = jax.lax.scan(body, None, tuple(_split(a, c) for a in (x, tokens, mask)))
-    out = tuple(_join(v, x.shape[1]) for v in out)
+        def body(_, xs):
+            none = lambda xc, tc, mc: (jnp.zeros_like(mc),) * 3
+            return None, jax.lax.cond(xs[0], some, none, *xs[1])
+
+        chunks = tuple(_split(a, c) for a in (x, tokens, mask))
+        _, out = jax.lax.scan(body, None, (_asked(pieces, chunks[2]), chunks))
+        return tuple(_join(v, x.shape[1]) for v in out)
+
+    out = shard.local(walk, STATES, _cut(u), "", ROWS, ROWS, out=ROWS)(x, u, temperature, tokens, mask)
     return out, (x, u, temperature, tokens, mask, out)
 
 
-def _logprob_bwd(c, saved, cotangents):
-    x, u, temperature, tokens, mask, (logp, entropy, lse) = saved
+def _logprob_bwd(cap, saved, cotangents):
+    x, u, temperature, tokens, mask, (_, entropy, lse) = saved
     g = tuple(jnp.where(mask > 0, v, 0.0) for v in cotangents)
 
-    def some(carry, xs):
-        dw, db, dt = carry
-        xc, tc, mc, hc, lc, g_logp, g_ent, g_lse = xs
-        z, slope = _logits(xc, u, temperature)
-        dz = _dz(z, tc, mc, hc, lc, g_logp, g_ent, g_lse)
-        dx, w, b = _back(dz, slope, xc, u, temperature)
-        return (dw + w, db + b, dt - (dz * z).sum() / temperature), dx.astype(x.dtype)
+    def walk(pieces, x, u, temperature, *per_token):
+        c = _chunk(*x.shape[:2], u.weight.shape[0], cap)
+        full = _gathered(pieces, u, x.dtype)
 
-    def body(carry, xs):
-        asked = (xs[5] != 0).any() | (xs[6] != 0).any() | (xs[7] != 0).any()
-        return jax.lax.cond(asked, some, lambda k, v: (k, jnp.zeros_like(v[0])), carry, xs)
+        def some(carry, xs):
+            dw, db, dt = carry
+            xc, tc, mc, hc, lc, g_logp, g_ent, g_lse = xs
+            z, slope = _logits(xc, full, temperature)
+            dz = _dz(pieces, z, tc, mc, hc, lc, g_logp, g_ent, g_lse)
+            dx, w, b = _back(dz, slope, xc, full, temperature)
+            return (dw + w, db + b, dt - (dz * z).sum() / temperature), dx.astype(x.dtype)
 
-    xs = tuple(_split(a, c) for a in (x, tokens, mask, entropy, lse, *g))
-    (dw, db, dt), dx = jax.lax.scan(body, (*_zeros(u, wide(x)), jnp.zeros((), wide(x))), xs)
-    return _join(dx, x.shape[1]), _grads(u, dw, db), dt, None, None
+        def body(carry, xs):
+            return jax.lax.cond(xs[0], some, lambda k, v: (k, jnp.zeros_like(v[0])), carry, xs[1])
+
+        chunks = tuple(_split(a, c) for a in (x, *per_token))
+        start = (*_zeros(full, wide(x)), jnp.zeros((), wide(x)))
+        (dw, db, dt), dx = jax.lax.scan(body, start, (_asked(pieces, *chunks[5:]), chunks))
+        return _states(pieces, dx, x.shape[1]), _grads(pieces, u, dw, db), pieces.sum(dt, "batch", "time", "vocab")
+
+    run = shard.local(walk, STATES, _cut(u), "", *(ROWS,) * 7, out=(STATES, _cut(u), ""))
+    return *run(x, u, temperature, tokens, mask, entropy, lse, *g), None, None
 
 
 _logprob.defvjp(_logprob_fwd, _logprob_bwd)
@@ -184,46 +243,54 @@ def token_loss(x, unembed: Unembed, tokens, mask, extra, f, *, entropy=False, te
     they are computed once, not twice. Only the sum carries a gradient, into x and the unembedding; through the entropy
     only if `entropy`.
 
-    x f[B,T,D]; tokens i32[B,T]; mask f32[B,T]; extra: tree of f32[B,T]; f maps these, chunk by chunk, to f32[B,c].
+    x f[B,T,D]; tokens i32[B,T]; mask f32[B,T]; extra: tree of f32[B,T]; f maps these, chunk by chunk, to f32[B,c], and
+    holds no arrays of its own.
     """
-    c = _chunk(*x.shape[:2], unembed.weight.shape[0], chunk)
-    total, *out = _token_loss(x, unembed, tokens, mask.astype(wide(x)), jax.tree.map(lambda e: e.astype(wide(x)), extra), f, entropy, temperature, c)
+    total, *out = _token_loss(x, unembed, tokens, mask.astype(wide(x)), jax.tree.map(lambda e: e.astype(wide(x)), extra), f, entropy, temperature, chunk)
     return total, LogProbs(*map(jax.lax.stop_gradient, out))
 
 
-def _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, c, grads: bool):
-    def some(carry, xs):
-        xc, tc, mc, ec = xs
-        z, slope = _logits(xc, u, temperature)
-        out = _stats(z, tc, mc)
-        total = lambda logp, h: jnp.where(mc > 0, f(logp, h, ec), 0.0).sum()
-        if not grads:
-            return (carry[0] + total(out.logp, out.entropy), None), (out, None)
-        value, (g_logp, g_entropy) = jax.value_and_grad(total, (0, 1))(out.logp, out.entropy)
-        dz = _dz(z, tc, mc, out.entropy, out.lse, g_logp, g_entropy if entropy else None, 0.0)
-        dx, w, b = _back(dz, slope, xc, u, temperature)
-        return (carry[0] + value, (carry[1][0] + w, carry[1][1] + b)), (out, dx.astype(x.dtype))
+def _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, cap, grads: bool):
+    def walk(pieces, x, u, tokens, mask, extra):
+        c = _chunk(*x.shape[:2], u.weight.shape[0], cap)
+        full = _gathered(pieces, u, x.dtype)
 
-    def body(carry, xs):
-        none = lambda k, v: (k, (LogProbs(*(jnp.zeros_like(v[2]),) * 3), jnp.zeros_like(v[0]) if grads else None))
-        return jax.lax.cond(xs[2].any(), some, none, carry, xs)
+        def some(carry, xs):
+            xc, tc, mc, ec = xs
+            z, slope = _logits(xc, full, temperature)
+            out = _stats(pieces, z, tc, mc)
+            total = lambda logp, h: jnp.where(mc > 0, f(logp, h, ec), 0.0).sum()
+            if not grads:
+                return (carry[0] + total(out.logp, out.entropy), None), (out, None)
+            value, (g_logp, g_entropy) = jax.value_and_grad(total, (0, 1))(out.logp, out.entropy)
+            dz = _dz(pieces, z, tc, mc, out.entropy, out.lse, g_logp, g_entropy if entropy else None, 0.0)
+            dx, w, b = _back(dz, slope, xc, full, temperature)
+            return (carry[0] + value, (carry[1][0] + w, carry[1][1] + b)), (out, dx.astype(x.dtype))
 
-    start = (jnp.zeros((), wide(x)), _zeros(u, wide(x)) if grads else None)
-    (total, dwb), (out, dx) = jax.lax.scan(body, start, jax.tree.map(lambda a: _split(a, c), (x, tokens, mask, extra)))
-    return (total, *(_join(v, x.shape[1]) for v in out)), dwb, dx
+        def body(carry, xs):
+            none = lambda k, v: (k, (LogProbs(*(jnp.zeros_like(v[2]),) * 3), jnp.zeros_like(v[0]) if grads else None))
+            return jax.lax.cond(xs[0], some, none, carry, xs[1])
+
+        start = (jnp.zeros((), wide(x)), _zeros(full, wide(x)) if grads else None)
+        chunks = jax.tree.map(lambda a: _split(a, c), (x, tokens, mask, extra))
+        (total, dwb), (out, dx) = jax.lax.scan(body, start, (_asked(pieces, chunks[2]), chunks))
+        out = (pieces.sum(total, "batch", "time"), *(_join(v, x.shape[1]) for v in out))
+        return (out, (_states(pieces, dx, x.shape[1]), _grads(pieces, u, *dwb))) if grads else (out, None)
+
+    out = (("", ROWS, ROWS, ROWS), (STATES, _cut(u)) if grads else None)
+    return shard.local(walk, STATES, _cut(u), ROWS, ROWS, ROWS, out=out)(x, u, tokens, mask, extra)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _token_loss(x, u, tokens, mask, extra, f, entropy, temperature, c):
-    return _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, c, grads=False)[0]
+def _token_loss(x, u, tokens, mask, extra, f, entropy, temperature, cap):
+    return _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, cap, grads=False)[0]
 
 
-def _token_loss_fwd(x, u, tokens, mask, extra, f, entropy, temperature, c):
-    out, (dw, db), dx = _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, c, grads=True)
-    return out, (_join(dx, x.shape[1]), _grads(u, dw, db))
+def _token_loss_fwd(x, u, tokens, mask, extra, f, entropy, temperature, cap):
+    return _token_scan(x, u, tokens, mask, extra, f, entropy, temperature, cap, grads=True)
 
 
-def _token_loss_bwd(f, entropy, temperature, c, saved, g):
+def _token_loss_bwd(f, entropy, temperature, cap, saved, g):
     return *_scaled(saved, g[0]), None, None, None
 
 
@@ -252,55 +319,59 @@ def linear_ce(x, unembed: Unembed, tokens, weights, *, smoothing: float = 0.0, z
     x f[B,T,D]; tokens i32[B,T]; weights f32[B,T]. total = sum w ((1-e) nll + e (lse - mean_v z_v) + z_loss lse^2).
     Sources: Szegedy et al. 1512.00567 (smoothing over the full vocabulary); PaLM 2204.02311 section 5 (z-loss).
     """
-    c = _chunk(*x.shape[:2], unembed.weight.shape[0], chunk)
-    return CrossEntropy(*_linear_ce(x, unembed, tokens, weights.astype(wide(x)), smoothing, z_loss, c))
+    return CrossEntropy(*_linear_ce(x, unembed, tokens, weights.astype(wide(x)), smoothing, z_loss, chunk))
 
 
-def _ce_scan(x, u, tokens, weights, smoothing, z_loss, c, grads: bool):
+def _ce_scan(x, u, tokens, weights, smoothing, z_loss, cap, grads: bool):
     V = u.weight.shape[0]
 
-    def some(carry, xs):
-        xc, tc, wc = xs
-        z, slope = _logits(xc, u, 1.0)
-        top = z.max(-1)
-        e = jnp.exp(z - top[..., None])
-        total = e.sum(-1)
-        lse = top + jnp.log(total)
-        hit = jnp.take_along_axis(z, tc[..., None], -1)[..., 0]
-        nll = lse - hit
-        loss = nll if smoothing == 0 else (1 - smoothing) * nll + smoothing * (lse - z.mean(-1))
-        loss = loss + z_loss * lse**2 if z_loss else loss
-        sums = [(wc * v).sum() for v in (loss, nll, lse - (e * z).sum(-1) / total, (hit >= top).astype(jnp.float32))]
-        sums = jax.tree.map(jnp.add, carry[0], tuple(sums))
-        if not grads:
-            return (sums, None), None
-        # d loss / dz = w (p (1 + 2 z_loss lse) - (1-e) onehot - e/V)
-        p_scale = wc / total * (1 + 2 * z_loss * lse if z_loss else 1.0)
-        dz = e * p_scale[..., None] - (wc * smoothing / V)[..., None] if smoothing else e * p_scale[..., None]
-        dz = jnp.where(jnp.arange(V) == tc[..., None], dz - ((1 - smoothing) * wc)[..., None], dz)
-        dx, w, b = _back(dz, slope, xc, u, 1.0)
-        return (sums, (carry[1][0] + w, carry[1][1] + b)), dx.astype(x.dtype)
+    def walk(pieces, x, u, tokens, weights):
+        c = _chunk(*x.shape[:2], u.weight.shape[0], cap)
+        full = _gathered(pieces, u, x.dtype)
 
-    def body(carry, xs):
-        none = lambda k, v: (k, jnp.zeros_like(v[0]) if grads else None)
-        return jax.lax.cond((xs[2] != 0).any(), some, none, carry, xs)
+        def some(carry, xs):
+            xc, tc, wc = xs
+            z, slope = _logits(xc, full, 1.0)
+            e, top, total, product, hit = _softmax(pieces, z, tc)
+            lse = top + jnp.log(total)
+            nll = lse - hit
+            loss = nll if smoothing == 0 else (1 - smoothing) * nll + smoothing * (lse - pieces.sum(z.sum(-1), "vocab") / V)
+            loss = loss + z_loss * lse**2 if z_loss else loss
+            sums = [(wc * v).sum() for v in (loss, nll, lse - product / total, (hit >= top).astype(jnp.float32))]
+            sums = jax.tree.map(jnp.add, carry[0], tuple(sums))
+            if not grads:
+                return (sums, None), None
+            # d loss / dz = w (p (1 + 2 z_loss lse) - (1-e) onehot - e/V)
+            p_scale = wc / total * (1 + 2 * z_loss * lse if z_loss else 1.0)
+            dz = e * p_scale[..., None] - (wc * smoothing / V)[..., None] if smoothing else e * p_scale[..., None]
+            dz = jnp.where(_hot(pieces, z, tc), dz - ((1 - smoothing) * wc)[..., None], dz)
+            dx, w, b = _back(dz, slope, xc, full, 1.0)
+            return (sums, (carry[1][0] + w, carry[1][1] + b)), dx.astype(x.dtype)
 
-    start = ((jnp.zeros((), wide(x)),) * 4, _zeros(u, wide(x)) if grads else None)
-    (sums, dwb), dx = jax.lax.scan(body, start, tuple(_split(a, c) for a in (x, tokens, weights)))
-    return sums, dwb, dx
+        def body(carry, xs):
+            none = lambda k, v: (k, jnp.zeros_like(v[0]) if grads else None)
+            return jax.lax.cond(xs[0], some, none, carry, xs[1])
+
+        start = ((jnp.zeros((), wide(x)),) * 4, _zeros(full, wide(x)) if grads else None)
+        chunks = tuple(_split(a, c) for a in (x, tokens, weights))
+        (sums, dwb), dx = jax.lax.scan(body, start, (_asked(pieces, chunks[2]), chunks))
+        sums = pieces.sum(sums, "batch", "time")
+        return (sums, (_states(pieces, dx, x.shape[1]), _grads(pieces, u, *dwb))) if grads else (sums, None)
+
+    out = ("", (STATES, _cut(u)) if grads else None)
+    return shard.local(walk, STATES, _cut(u), ROWS, ROWS, out=out)(x, u, tokens, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _linear_ce(x, u, tokens, weights, smoothing, z_loss, c):
-    return _ce_scan(x, u, tokens, weights, smoothing, z_loss, c, grads=False)[0]
+def _linear_ce(x, u, tokens, weights, smoothing, z_loss, cap):
+    return _ce_scan(x, u, tokens, weights, smoothing, z_loss, cap, grads=False)[0]
 
 
-def _linear_ce_fwd(x, u, tokens, weights, smoothing, z_loss, c):
-    sums, (dw, db), dx = _ce_scan(x, u, tokens, weights, smoothing, z_loss, c, grads=True)
-    return sums, (_join(dx, x.shape[1]), _grads(u, dw, db))
+def _linear_ce_fwd(x, u, tokens, weights, smoothing, z_loss, cap):
+    return _ce_scan(x, u, tokens, weights, smoothing, z_loss, cap, grads=True)
 
 
-def _linear_ce_bwd(smoothing, z_loss, c, saved, g):
+def _linear_ce_bwd(smoothing, z_loss, cap, saved, g):
     return *_scaled(saved, g[0]), None, None
 
 
