@@ -6,6 +6,7 @@ Also the one import of configs, commands and notebooks: what `config` and `world
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Callable
 
@@ -15,19 +16,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, REWARDS, adapter, adapts, base, check_finite, family, fields, imported, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, adapter, adapts, base, check_finite, family, fields, has_critic, imported, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
-from jaxalign.objectives import ppo
 from jaxalign.ops import nn
-from jaxalign.ops.advantage import KL_ESTIMATORS
-from jaxalign.rl import experience, rewards
+from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
+from jaxalign.rl import experience, online, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.reference import WithReference
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
-from jaxalign.types import Objective, Source, Tree, UserError
+from jaxalign.types import Experience, Objective, Source, Tree, UserError
 from jaxalign.world import World, adapted_by, barrier, data_source, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
 
@@ -100,7 +100,7 @@ class Stage:
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = tree.merge(st.params, self.base) if self.base is not None else st.params
-            params = params["policy"] if c.objective.name == "ppo" else params
+            params = params["policy"] if "rl" in c else params
             if not adapts(c):
                 return params
             self.adapted = params
@@ -157,13 +157,19 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     """(optimizer settings, loop settings) of one stage, or what is wrong with it."""
     batch, shards = c.data.batch_size, shard.batch_shards(mesh)
     parts = c.rl.minibatches if "rl" in c else 1
-    if min(batch, c.data.accumulate, parts) < 1 or batch % (parts * c.data.accumulate * shards):
-        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else ""))
+    group = c.rl.get("group", 1) if "rl" in c else 1
+    if min(batch, c.data.accumulate, parts, group) < 1 or batch * group % (parts * c.data.accumulate * shards):
+        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.group {group} answers each" if group > 1 else ""))
     try:
         if "rl" in c:
-            Sampling(**plain(c.sampling)), KL(c.rl.beta, c.rl.target, c.rl.horizon)
-            if c.rl.epochs < 1 or c.rl.kl_estimator not in KL_ESTIMATORS:
-                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, and rl.kl_estimator {c.rl.kl_estimator!r} one of {', '.join(KL_ESTIMATORS)}")
+            Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
+            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
+                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
+            if "group" in c.rl and c.rl.group < 2:
+                raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
+            for k, known in {"kl_estimator": KL_ESTIMATORS, "scale_rewards": GROUP_ADVANTAGES, "old_logp": experience.OLD_LOGP[:2]}.items():
+                if k in c.rl and c.rl[k] not in known:
+                    raise UserError(f"rl.{k} {c.rl[k]!r} is unknown;{nearest(str(c.rl[k]), list(known))}")
         adapter(c)
         return optim.Optim(**plain(c.optim)), run.Loop(**plain(c.train))
     except UserError as e:
@@ -190,8 +196,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         w, whole = w.scored, {} if trunk is None else tree.flat(trunk)
         fresh = tree.flat(draw(w.model.specs(), "trunk"))  # a pooler that no masked-LM head has
         trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
-    if kind == "ppo":
-        model, objective, source, params = _make_ppo(w, name, c, options, trunk, draw, key, frozen)
+    if "rl" in c:
+        model, objective, source, params = _make_online(w, name, c, maker, options, trunk, draw, key, frozen)
     else:
         source = data_source(w, c.data, c.data.path, batch, seed)
         if kind in REWARDS:
@@ -226,13 +232,14 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule)
 
 
-def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):
+def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):
     rl, model = c.rl, w.model
     if not c.init:
-        raise UserError(f"{name}: ppo needs a policy to start from; set init to a stage or a directory")
+        raise UserError(f"{name}: {c.objective.name} needs a policy to start from; set init to a stage or a directory")
     policy, _ = adapted(w, c, key, policy)
-    free = adapts(c) and not rl.reference
-    reference = lora.base(policy) if free else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
+    reference = None
+    if has_critic(maker) or options.get("beta", 1):  # without a KL penalty nothing asks for one
+        reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference")
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
     if not named:
@@ -242,30 +249,61 @@ def _make_ppo(w: World, name: str, c: ConfigDict, options: dict, policy: Tree | 
     learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
     one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
     scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
-    first = next(iter(learned), None)  # of which a critic of its own is made
-    reward_params = learned.get(first)
-    if rl.value == "head":
-        value, critic = None, draw(heads.specs(model.config.dim, zero=True), "value")
-    elif rl.value == "reward" and reward_params is not None and adapts(c):
-        if c.adapter.path:
-            raise UserError(f"{name}: adapter.path is the policy's; a critic of its own (rl.value reward) needs adapter.rank instead")
-        # Frozen buffers are never donated, so the critic's base may be the reward model itself; its head trains.
-        critic = {"trunk": adapted(w, c, nn.fold(key, "value"), reward_params["trunk"])[0], "head": jax.tree.map(jnp.copy if w.imagined is None else lambda x: x, reward_params["head"])}
-        value = scalar
-    elif rl.value == "reward" and reward_params is not None:
-        # A copy: the trained critic's buffers are donated, the reward model's are not.
-        value, critic = scalar, load_params(w, first, scalar.specs(), f"{name}.rl.reward")
-    else:
-        raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
-    objective = ppo.ppo(model, value, **{**options, "temperature": c.sampling.temperature or 1.0})
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
-    check_length(model, prompts.report()["max_length"] + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
-    mix = None
-    if options["ptx_coef"]:
-        mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
-    shaping = {k: rl[k] for k in fields(experience.make_experience) if k in rl}
-    source = experience.PPOSource(
-        prompts, model, value, reference, scorer, sampling(w, c.sampling), w.mesh, epochs=rl.epochs, minibatches=rl.minibatches,
-        kl=KL(rl.beta, rl.target, rl.horizon), seed=w.config.seed, mix=mix, decode=w.decode, frozen=frozen, **plain(ConfigDict(shaping)),
-    )  # fmt: skip
-    return model, objective, source, {"policy": policy, "value": critic}
+    longest = prompts.report()["max_length"]
+    check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
+    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new}
+    takes = lambda f: {k: of_sampling[k] for k in OF_SAMPLING if k in fields(f)}
+    maker, options = functools.partial(maker, **takes(maker)), {k: v for k, v in options.items() if k not in OF_SAMPLING}
+    make = experience.make_experience if has_critic(maker) else experience.group_experience
+    shaping = {**plain(ConfigDict({k: rl[k] for k in fields(make) if k in rl})), **takes(make)}
+    if rl.staleness and shaping["importance_cap"] is None:
+        shaping["importance_cap"] = 2.0  # what an older policy sampled is not trained on as if it were its own
+    how = dict(epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
+    if has_critic(maker):
+        value, critic = _critic(w, name, c, scalar, learned, draw, key)
+        mix = None
+        if options["ptx_coef"]:
+            mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
+        step_of = lambda params, rollout, scores, beta, call=_call: call(make, model, value, params, reference, rollout, scores, beta, **shaping)
+        how |= dict(kl=KL(rl.beta, rl.target, rl.horizon), mix=mix, kind=Experience)
+        objective, params = maker(model, value, **options), {"policy": policy, "value": critic}
+    else:
+        shaping["group"] = rl.group
+        if rl.epochs * rl.minibatches == 1 and rl.old_logp == "forward" and shaping["importance_cap"] is None:
+            shaping["old_logp"] = "current"
+        if c.data.share_prompt and shares_prompt(model, w.mesh):
+            parts = rl.minibatches * c.data.accumulate * shard.batch_shards(w.mesh)
+            shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
+        step_of = lambda params, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
+        how |= dict(group=rl.group)
+        objective, params = maker(model, **options), {"policy": policy}
+    return model, objective, online.OnlineSource(prompts, model, scorer, sampling(w, c.sampling), w.mesh, step_of, **how), params
+
+
+def _call(f: Callable, *args, **kwargs):
+    """What `plan` puts something else in the place of, to see f and its arguments."""
+    return f(*args, **kwargs)
+
+
+def shares_prompt(model, mesh) -> bool:
+    """Whether texts with one prompt may stand in one row: the family's attention must know branches, in whole rows."""
+    return getattr(model, "branches", False) and mesh.shape["context"] == 1
+
+
+def _critic(w: World, name: str, c: ConfigDict, scalar, learned: dict, draw: Callable, key):
+    """(network, params) of PPO's critic; network None: a head on the policy."""
+    rl = c.rl
+    first = next(iter(learned), None)  # of which a critic of its own is made
+    if rl.value == "head":
+        return None, draw(heads.specs(w.model.config.dim, zero=True), "value")
+    if rl.value != "reward" or first is None:
+        raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
+    if not adapts(c):
+        # A copy: the trained critic's buffers are donated, the reward model's are not.
+        return scalar, load_params(w, first, scalar.specs(), f"{name}.rl.reward")
+    if c.adapter.path:
+        raise UserError(f"{name}: adapter.path is the policy's; a critic of its own (rl.value reward) needs adapter.rank instead")
+    # Frozen buffers are never donated, so the critic's base may be the reward model itself; its head trains.
+    trunk, head = learned[first]["trunk"], learned[first]["head"]
+    return scalar, {"trunk": adapted(w, c, nn.fold(key, "value"), trunk)[0], "head": jax.tree.map(jnp.copy if w.imagined is None else lambda x: x, head)}

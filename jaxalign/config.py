@@ -18,7 +18,7 @@ from typing import Any, Callable
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.objectives import grpo, lm, ppo, preference, reward
 from jaxalign.ops import quant
 from jaxalign.rl import experience
 from jaxalign.rl.control import KL
@@ -37,8 +37,12 @@ OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
     "ipo": (preference.ipo, "pairs"),
     "hinge": (preference.hinge, "pairs"),
     "ppo": (ppo.ppo, "prompts"),
+    "grpo": (grpo.grpo, "prompts"),
+    "token_grpo": (grpo.token_grpo, "prompts"),
+    "dr_grpo": (grpo.dr_grpo, "prompts"),
 }
 FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
+OF_SAMPLING = ("temperature", "max_new")  # what an objective or an experience takes from the sampling section
 REWARDS = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
 
 # What the data section of each kind of batch has besides what they all have.
@@ -46,7 +50,7 @@ KINDS = {
     "tokens": {"eval_path": "", "seq_len": 256, "packing": "bfd", "too_long": "truncate"},
     "pairs": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
     "rankings": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_k": config_dict.placeholder(int)},
-    "prompts": {"max_prompt_len": config_dict.placeholder(int)},
+    "prompts": {"max_prompt_len": config_dict.placeholder(int), "share_prompt": True},
 }
 
 # Of every stage: low-rank matrices beside frozen weights.
@@ -121,7 +125,7 @@ def base(name: str, **model: Any) -> ConfigDict:
 
 
 def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
-    """One training run. `sections` fill objective, data, train, optim and (for ppo) rl; unknown keys are refused.
+    """One training run. `sections` fill objective, data, train, optim and (where it samples) rl; unknown keys are refused.
 
     `init` names where the weights come from: another stage, a run directory or an HF directory; "" is model.path if the
     config has one, else they are drawn.
@@ -131,7 +135,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         raise UserError(f"data.kind {kind!r} is unknown; it is one of {', '.join(KINDS)}")
     c = {
         "init": "",
-        "objective": {"name": objective, **fields(maker, skip=("temperature",))},  # PPO's is sampling.temperature
+        "objective": {"name": objective, **fields(maker, skip=OF_SAMPLING)},
         "data": {
             "kind": kind,
             "path": "",  # one file, several with commas, or a pattern
@@ -153,6 +157,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     elif kind == "pairs":
         c["reference"] = ""  # "": the stage's own init
     if kind == "prompts":
+        critic = has_critic(maker)
         c["rl"] = {
             # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
             # with commas, are an ensemble.
@@ -160,13 +165,20 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
             "combine": "mean",  # of an ensemble: mean | min | mean_less_variance
             "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance
             "reference": "",  # "": the stage's own init
-            "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
-            "epochs": 4,
+            "epochs": 4 if critic else 1,
             "minibatches": 1,
-            **fields(KL),
-            **fields(experience.make_experience, skip=("temperature",)),
-            "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
+            "staleness": 0,  # train on what the params of so many iterations ago sampled
+            "rollout_devices": 0,  # so many devices sample and the others train; 0: all do both, in turn
         }
+        if critic:
+            c["rl"] |= {
+                "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
+                **fields(KL),
+                **fields(experience.make_experience, skip=OF_SAMPLING),
+                "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
+            }
+        else:
+            c["rl"] |= {"group": 8, **fields(experience.group_experience, skip=(*OF_SAMPLING, "group", "answers_per_row"))}
         c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
     c = ConfigDict(c).lock()
     _known(c, sections, "stage")
@@ -176,6 +188,11 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         else:
             c.update({name: values})
     return c
+
+
+def has_critic(maker: Callable) -> bool:
+    """Whether an objective's maker takes a value network, as PPO's does: else its batches are `GroupExperience`."""
+    return "value" in inspect.signature(maker).parameters
 
 
 def adapts(c: ConfigDict) -> bool:

@@ -91,6 +91,20 @@ class Experience(NamedTuple):
     returns: Array  # f32[B,T]
 
 
+class GroupExperience(NamedTuple):
+    """Rollouts of several answers to each prompt, with what a policy gradient without a critic reads. All f32[B,T] are 0
+    outside mask. None where there is nothing to read: fields that are None cost neither memory nor a forward pass."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]
+    segments: Array  # i32[B,T], or u32 where one row holds several answers to its prompt (`ops.branches`)
+    positions: Array  # i32[B,T]
+    advantages: Array  # f32[B,T]; its answer's advantage at each token (times its importance weight, off policy)
+    sampled: Array  # f32[B,T]; log-probs as the sampler had them
+    logp: Array | None = None  # f32[B,T]; old policy. None: one update a rollout, so it is the policy that trains
+    ref_logp: Array | None = None  # f32[B,T]; None: no KL penalty
+
+
 # -- losses ---------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
-from jaxalign.config import REWARDS, base, check_finite, family, imported, plain
+from jaxalign.config import REWARDS, base, check_finite, family, imported, plain, stages
 from jaxalign.data import chosen, hub, sources
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
@@ -36,6 +36,7 @@ class World:
     tokenizer: toks.Tokenizer
     template: Template | Jinja
     model: Model
+    rollout_mesh: jax.sharding.Mesh | None = None  # of devices that only sample (rl.rollout_devices)
     imagined: Any = None  # of a plan: an object with `weights` and `source`, which makes shapes of what would be read
 
     def find(self, path: str) -> str:
@@ -76,7 +77,7 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
             f"the decoder of this model starts with id {start}, so prompts must end with it: set tokenizer.template to encoder_decoder, "
             f"whose prompts end with the tokenizer's PAD (id {tokenizer.pad_id})" + ("" if start == tokenizer.pad_id else f", and model.start to {tokenizer.pad_id}")
         )
-    return World(config, Path(workdir), mesh, rules, tokenizer, template, model)
+    return World(config, Path(workdir), mesh, rules, tokenizer, template, model, _rollout_mesh(config))
 
 
 def _dated(config: ConfigDict, workdir: Path, template: Jinja) -> tuple[ConfigDict, Jinja]:
@@ -97,7 +98,23 @@ def _dated(config: ConfigDict, workdir: Path, template: Jinja) -> tuple[ConfigDi
 
 
 def make_mesh(config: ConfigDict):
-    return shard.make_mesh({k: int(v) for k, v in config.mesh.items()})
+    """The devices that train: all but those that only sample."""
+    return shard.make_mesh({k: int(v) for k, v in config.mesh.items()}, **({"devices": jax.devices()[n:]} if (n := _samplers(config)) else {}))
+
+
+def _samplers(config: ConfigDict) -> int:
+    """How many devices, the first ones, only sample."""
+    if isinstance(config.get("stage"), str) or not {"stage", "stages"} & set(config):
+        return 0  # a finished run, opened to be looked at
+    n = max((c.rl.rollout_devices for c in stages(config).values() if "rl" in c), default=0)
+    if n and (jax.process_count() > 1 or not 0 < n < jax.device_count()):
+        raise UserError(f"rl.rollout_devices {n}: one process, and more devices than these, are needed; there are {jax.process_count()} processes and {jax.device_count()} devices")
+    return n
+
+
+def _rollout_mesh(config: ConfigDict):
+    n = _samplers(config)
+    return shard.make_mesh({}, jax.devices()[:n]) if n else None
 
 
 def _tokenizer(config: ConfigDict, workdir: Path, specials: tuple[str, ...]) -> toks.Tokenizer:

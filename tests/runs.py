@@ -87,6 +87,12 @@ def config(kind: str, data: Path, **over):
             rl=dict(reward="runs:length_reward", epochs=2, minibatches=2, target=0.02, horizon=100.0, mix=dict(path=f"{data}/text.jsonl", batch_size=8, seq_len=32)),
             sampling=dict(max_new=8),
         ),
+        "grpo": dict(
+            init=str(data / "start"),
+            data=dict(path=f"{data}/prompts.jsonl", batch_size=4),
+            rl=dict(reward="runs:length_reward", group=4, epochs=2, minibatches=2),
+            sampling=dict(max_new=8),
+        ),
     }[kind]
     mix = sections.get("rl", {}).pop("mix", {})
     c.stage = build.stage(kind, **sections, train=dict(steps=STEPS, save_every=3), optim=dict(lr=3e-3, warmup=2))

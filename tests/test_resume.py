@@ -65,9 +65,9 @@ def events(directory: Path, kind: str) -> list[dict]:
     return [e for e in read_jsonl(directory / "events.jsonl") if e["kind"] == kind]
 
 
-@pytest.mark.parametrize("kind, deaths", [("lm", (2, 5, 7)), ("reward", (5,)), ("dpo", (5,)), ("ppo", (5, 7))])
+@pytest.mark.parametrize("kind, deaths", [("lm", (2, 5, 7)), ("reward", (5,)), ("dpo", (5,)), ("ppo", (5, 7)), ("grpo", (5,))])
 def test_killed_and_resumed(kind, deaths, data, whole, at_line, tmp_path):
-    """Saves are at 3, 6 and 7. Death at 2: nothing saved, all anew. At 5: back to 3, which in PPO is the middle of an
+    """Saves are at 3, 6 and 7. Death at 2: nothing saved, all anew. At 5: back to 3, which in PPO and GRPO is the middle of an
     epoch (4 steps an iteration). At 7: back to 6."""
     for step in deaths:
         at_line(step, kill)
@@ -94,7 +94,7 @@ def test_terminated_in_the_middle_of_a_ppo_epoch(data, whole, at_line, tmp_path)
     assert e.value.code == 143
     points = checkpoint.Checkpoints(tmp_path / "checkpoints")
     assert points.latest() == 5 and points.meta(5)["source"]["used"] == 1
-    assert points.structure(5, "source")["tokens"].shape[0] == 16  # the experience in flight
+    assert points.structure(5, "source")["experience"]["tokens"].shape[0] == 16  # the experience in flight
     runs.train(runs.config("ppo", data), tmp_path)
     assert [e["step"] for e in events(tmp_path, "resume")] == [5]
     assert runs.facts(tmp_path) == whole("ppo")[1]

@@ -30,6 +30,11 @@ class FamilyModel:
         """Whether it can generate: what it says at t has read no token after t."""
         return getattr(self.family, "causal", True)
 
+    @property
+    def branches(self) -> bool:
+        """Whether several continuations of one text may stand in one row (`ops.branches`)."""
+        return getattr(self.family, "branches", lambda config: False)(self.config)
+
     def scored(self) -> FamilyModel:
         """The same trunk under a scalar head, without what only an unembedding needs."""
         if hasattr(self.family, "scored"):

@@ -231,6 +231,11 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     return nn.Hidden(spread(norm(x, params["norm"])), cache and {**cache, "layers": layers}, {"load": load} if cfg.experts else {})
 
 
+def branches(cfg: Config) -> bool:
+    """Not with windows, which are measured by slots, nor where angles depend on how long a segment is."""
+    return cfg.window is None and dict(cfg.rope_scaling).get("rope_type") not in rope.BY_LENGTH
+
+
 def unembed(cfg: Config, params) -> nn.Unembed:
     return nn.Unembed(params["embed"] if cfg.tied else params["unembed"], softcap=cfg.logit_softcap)
 

@@ -92,6 +92,10 @@ def positions(cfg: Config) -> int:
     return cfg.max_len
 
 
+def branches(cfg: Config) -> bool:
+    return True
+
+
 def unembed(cfg: Config, params) -> nn.Unembed:
     return nn.Unembed(params["embed"])
 

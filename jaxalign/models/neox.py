@@ -110,6 +110,11 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     return nn.Hidden(spread(norm(x, params["norm"])), cache and {**cache, "layers": layers})
 
 
+def branches(cfg: Config) -> bool:
+    """As `decoder.branches`."""
+    return dict(cfg.rope_scaling).get("rope_type") not in rope.BY_LENGTH
+
+
 def unembed(cfg: Config, params) -> nn.Unembed:
     return nn.Unembed(params["embed"] if cfg.tied else params["unembed"])
 

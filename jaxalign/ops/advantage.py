@@ -1,4 +1,4 @@
-"""Per-token rewards and generalised advantage estimation, in the index-t-is-token-t convention."""
+"""Per-token rewards, generalised advantage estimation (index t speaks of token t) and group-relative advantages."""
 
 from __future__ import annotations
 
@@ -48,3 +48,48 @@ def gae(rewards, values, mask, gamma: float = 1.0, lam: float = 0.95):
     _, adv = jax.lax.scan(back, (zero, zero), (rewards.T, values.T, mask.T), reverse=True)
     adv = adv.T
     return adv, (adv + values) * mask
+
+
+# -- a group of answers to one prompt is its own baseline -----------------------------------------------------------
+# rewards f32[B], where G consecutive rows answer one prompt -> f32[B]. NaN is no reward: it enters no statistic, and its
+# advantage is 0; so is that of a group whose rewards are all equal.
+
+
+def _moments(r, axis, keepdims=True):
+    """(mean, unbiased standard deviation) over what is not NaN; the deviation of a single one is 0."""
+    ok = ~jnp.isnan(r)
+    n = ok.sum(axis, keepdims=keepdims)
+    mean = jnp.where(ok, r, 0).sum(axis, keepdims=keepdims) / jnp.maximum(n, 1)
+    square = jnp.where(ok, r - mean, 0) ** 2
+    return mean, jnp.sqrt(square.sum(axis, keepdims=keepdims) / jnp.maximum(n - 1, 1))
+
+
+def constant_groups(rewards, group: int):
+    """bool[B / G]: the groups that say nothing, because all their rewards are equal."""
+    r = rewards.reshape(-1, group)
+    return ~(jnp.nanmax(r, 1) > jnp.nanmin(r, 1))
+
+
+def _relative(rewards, group, scale):
+    r = rewards.reshape(-1, group)
+    a = (r - _moments(r, 1)[0]) / scale(r)
+    # A mean of equal numbers may be off by a rounding, which a deviation of 0 + 1e-4 would make 1e4 times as large.
+    return jnp.where(jnp.isnan(r) | constant_groups(rewards, group)[:, None], 0.0, a).reshape(-1)
+
+
+def group_advantages(rewards, group: int):
+    """(R - mean) / (std + 1e-4) within the group (DeepSeekMath, 2402.03300, section 4.1; the unbiased std of TRL)."""
+    return _relative(rewards, group, lambda r: _moments(r, 1)[1] + 1e-4)
+
+
+def batch_advantages(rewards, group: int):
+    """(R - mean of the group) / (std over the whole batch + 1e-4) (2508.08221)."""
+    return _relative(rewards, group, lambda r: _moments(r, None)[1] + 1e-4)
+
+
+def centred_advantages(rewards, group: int):
+    """R - mean of the group (Dr. GRPO, 2503.20783)."""
+    return _relative(rewards, group, lambda r: 1.0)
+
+
+GROUP_ADVANTAGES = {"group": group_advantages, "batch": batch_advantages, "none": centred_advantages}

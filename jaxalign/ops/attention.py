@@ -1,7 +1,7 @@
 """One `attend` for training, prefill and decoding.
 
-A query sees a key when both lie in the same segment (0 = padding, seen by nobody), the key's slot is not later than
-the query's, and, with a window, not further back than it. Letters: B batch, T queries, S keys, N query heads,
+A query sees a key when both lie in the same segment (0 = padding, seen by nobody; with branches, also in its trunk, see
+`ops.branches`), the key's slot is not later than the query's, and, with a window, not further back than it. Letters: B batch, T queries, S keys, N query heads,
 K key/value heads, G = N / K, H head width.
 """
 
@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops import branches
 from jaxalign.ops.nn import wide
 
 # Where masked scores go. Finite, so that a row that sees nothing gives a finite mean and finite gradients.
@@ -22,7 +23,7 @@ BLOCK = 64
 
 def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window=None, positions=None) -> jax.Array:
     """bool[B,T,S]. `positions`, of queries and of keys, measure the window where slots have holes between them."""
-    ok = (q_segments[:, :, None] == kv_segments[:, None, :]) & (q_segments[:, :, None] != 0)
+    ok = branches.same(q_segments, kv_segments)
     gap = (q_slots[:, None] - kv_slots[None, :])[None]
     if causal:
         ok &= gap >= 0
@@ -103,7 +104,7 @@ _causal.defvjp(_causal_fwd, _causal_bwd)
 def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=None, positions=None, scale=None, softcap=None, bias=None) -> jax.Array:
     """Softmax attention: q [B,T,N,H], k and v [B,S,K,H] -> [B,T,N,H].
 
-    q_segments i32[B,T], kv_segments i32[B,S]; `start` is the slot of the first query (the cache's length before it).
+    q_segments i32[B,T], kv_segments i32[B,S] (u32 with branches); `start` is the slot of the first query (the cache's length before it).
     `window`: how many keys a query sees, itself included (None: all); it may be traced, and needs `positions` (i32[B,T],
     i32[B,S]) where keys lie in a cache with holes. `softcap` c bounds scores by
     c tanh(s / c) (Gemma 2, 2408.00118, section 2). `bias` f[N,T,S] or [B,N,T,S] is added to scaled scores (T5).

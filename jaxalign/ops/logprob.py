@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
+from jaxalign.ops import branches
 from jaxalign.ops.nn import Unembed, wide
 
 
@@ -30,21 +31,20 @@ class LogProbs(NamedTuple):
     lse: jax.Array  # logsumexp of the logits after temperature
 
 
-def firsts(segments: jax.Array) -> jax.Array:
-    """bool[B,T]: the first token of every segment."""
-    return jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
-
-
 def before(x: jax.Array, segments: jax.Array) -> jax.Array:
-    """x[t-1] at t, 0 at the first token of every segment and on padding. x [B,T,...]."""
-    shifted = jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
-    keep = (~firsts(segments)) & (segments != 0)
-    return jnp.where(keep.reshape(keep.shape + (1,) * (x.ndim - 2)), shifted, 0)
+    """x[t-1] at t (at the first token of a branch: x at its trunk's last), 0 at the first token of every segment and on
+    padding. x [B,T,...]."""
+    at = branches.predecessors(segments)
+    if branches.branched(segments):
+        shifted = jax.vmap(lambda row, i: row[i])(x, jnp.maximum(at, 0))
+    else:
+        shifted = jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.where((at >= 0).reshape(at.shape + (1,) * (x.ndim - 2)), shifted, 0)
 
 
 def targets(mask: jax.Array, segments: jax.Array) -> jax.Array:
     """The mask with the first token of every segment and padding taken out: nothing predicts those."""
-    return mask * ((~firsts(segments)) & (segments != 0))
+    return mask * (branches.predecessors(segments) >= 0)
 
 
 # How inputs are cut.

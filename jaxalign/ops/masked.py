@@ -27,3 +27,10 @@ def masked_whiten(x, mask, shift_mean: bool = True):
     mean = masked_mean(x, mask)
     out = (x - mean) * jax.lax.rsqrt(masked_var(x, mask) + 1e-8)
     return jnp.where(mask > 0, out if shift_mean else out + mean, 0)
+
+
+def segment_sums(x, segments):
+    """At each token, the sum of x over the tokens of its own segment. x f32[B,T], segments [B,T] -> f32[B,T]."""
+    edge = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
+    run = jnp.cumsum(edge, 1)
+    return jax.vmap(lambda v, r: jax.ops.segment_sum(v, r, v.shape[0])[r])(x, run)

@@ -22,6 +22,7 @@ TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": (("factor", "original_max_position_embeddings"), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
     "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
 }
+BY_LENGTH = ("dynamic", "longrope")  # their angles depend on the length of the text
 
 Scaling = tuple[tuple[str, object], ...]
 

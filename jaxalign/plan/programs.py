@@ -19,9 +19,10 @@ from jaxalign import build, shard, tree
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.templates import PLAIN
 from jaxalign.models import heads, lora
-from jaxalign.rl import experience, reference, rewards
+from jaxalign.rl import reference, rewards
+from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
-from jaxalign.types import Experience, Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
+from jaxalign.types import Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
 from jaxalign.world import World, model_of
 
 
@@ -94,7 +95,7 @@ def world(config: ConfigDict, devices: list) -> World:
         if not os.path.exists(path):
             raise UserError(f"model.vocab is 0, which is the tokenizer's size, and there is no {path}: set model.vocab")
         tokenizer = toks.load(path)
-    return World(config, Path("."), mesh, dict(config.rules), tokenizer, PLAIN, model_of(config.model, tokenizer), Imagined())
+    return World(config, Path("."), mesh, dict(config.rules), tokenizer, PLAIN, model_of(config.model, tokenizer), imagined=Imagined())
 
 
 def stage(config: ConfigDict, name: str, c: ConfigDict, devices: list) -> build.Stage:
@@ -120,6 +121,11 @@ class Program:
         with jax.set_mesh(mesh):
             return self.fn.lower(*self.args, **self.kwargs)
 
+    def shapes(self, mesh) -> Any:
+        """Of what it returns."""
+        with jax.set_mesh(mesh):
+            return self.fn.eval_shape(*self.args, **self.kwargs)
+
 
 @dataclasses.dataclass
 class Iteration:
@@ -135,12 +141,12 @@ class Iteration:
 
 def iteration(s: build.Stage) -> Iteration:
     """Of a stage of shapes. Raises UserError for an online source that this file does not know."""
-    w, c, model = s.world, s.config, s.world.model
+    model = s.world.model
     state, step = s.begin()
     resident = {"params": state.params, "optimizer": state.opt_state, "frozen": s.frozen}
     flops = getattr(model, "flops_per_token", lambda length: 0.0)
-    if isinstance(s.source, experience.PPOSource):
-        return _ppo(s, state, step, resident, flops)
+    if isinstance(s.source, OnlineSource):
+        return _online(s, state, step, resident, flops)
     programs, batch = [], s.source.next(None) if isinstance(s.source, Source) else None
     if isinstance(s.source, reference.WithReference):
         batch = s.source.source.next(None)
@@ -151,44 +157,50 @@ def iteration(s: build.Stage) -> Iteration:
     programs.append(Program("step", step, (state, s.frozen, batch), {}, 1))
     shapes = [x.shape for k, x in tree.flat(batch).items() if k.split("/")[-1] == "tokens"]
     tokens = sum(int(np.prod(x)) for x in shapes)
-    once = flops(shapes[0][-1]) * tokens
-    return Iteration(programs, resident, tokens, "tokens", once * (4 / 3 if len(programs) > 1 else 1), 0.0)
+    third = flops(shapes[0][-1]) * tokens / 3  # a forward pass; frozen weights want no gradient of their own
+    return Iteration(programs, resident, tokens, "tokens", third * ((2 if "base" in s.frozen else 3) + len(programs) - 1), 0.0)
 
 
-def _ppo(s: build.Stage, state, step, resident: dict, flops: Callable) -> Iteration:
-    w, c, src = s.world, s.config, s.source
-    model, mesh, how = src.model, w.mesh, src.sampling
-    prompts = src.prompts.next(None)
+def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Iteration:
+    src, mesh = s.source, s.world.mesh
+    model, how = src.model, src.sampling
+    prompts = _times(src.prompts.next(None), src.group)
     B, T = prompts.tokens.shape[0], prompts.tokens.shape[1] + how.max_new
-    rows = shard.batch_sharding(mesh)
-    place = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else shard.replicated(mesh)), t)
-    key = jax.ShapeDtypeStruct((), state.key.dtype, sharding=shard.replicated(mesh))
+    whole, rows = shard.replicated(mesh), shard.batch_sharding(mesh)
+    place = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else whole), t)
+    key = jax.ShapeDtypeStruct((), state.key.dtype, sharding=whole)
     full = tree.merge(state.params, s.frozen["base"]) if "base" in s.frozen else state.params
     programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {}, 1, how.max_new - 1)]
-    with jax.set_mesh(mesh):
-        rollout: Rollout = place(jax.eval_shape(generate, *programs[0].args))
-    scalar = heads.Scalar(model)
+    rollout: Rollout = place(programs[0].shapes(mesh))
     mine = {id(x) for x in jax.tree.leaves(full)}
-    judges = [p for what, p in w.imagined.held if what.endswith("rl.reward") and "head" in p and id(p["head"]["weight"]) not in mine]
-    resident["reference"] = src.reference
+    loaded = [(what, p) for what, p in s.world.imagined.held if not mine & {id(x) for x in jax.tree.leaves(p)}]
+    judges = [p for what, p in loaded if what.endswith("rl.reward")]
     for i, p in enumerate(judges):
-        resident["reward" if len(judges) == 1 else f"reward {i + 1}"] = p
-        programs.append(Program("score" if len(judges) == 1 else f"score {i + 1}", rewards.model_scores, (scalar, p, rollout), {}, 1))
-    scores = jax.ShapeDtypeStruct((B,), jnp.float32, sharding=rows)
-    args = (model, src.value, full, src.reference, rollout, scores, jax.ShapeDtypeStruct((), jnp.float32, sharding=shard.replicated(mesh)))
-    options = {"temperature": how.temperature or 1.0, **src.options}
-    programs.append(Program("make_experience", experience.make_experience, args, options, 1))
-    n = src.epochs * src.minibatches
-    exp = Experience(*(jax.ShapeDtypeStruct((B // src.minibatches, T), jnp.int32 if f in ("tokens", "segments", "positions") else jnp.float32, sharding=rows) for f in Experience._fields))
-    batch = exp if src.mix is None else {"ppo": exp, "ptx": src.mix.next(None)}
-    programs.append(Program("step", step, (state, s.frozen, batch), {}, n))
-    resident["experience"] = place(Experience(*(jax.ShapeDtypeStruct((B, T), x.dtype) for x in exp)))
-    # A third of a training step's FLOPs is a forward pass: generation, and one for each of policy, reference, value and reward.
-    critics = 1 if src.value is not None else 0
-    forwards = 1 + 2 + critics + len(judges)
-    model_flops = flops(T) * B * T * (forwards / 3 + src.epochs * (1 + critics))
+        many = f" {i + 1}" if len(judges) > 1 else ""
+        resident[f"reward{many}"] = p
+        programs.append(Program(f"score{many}", rewards.model_scores, (heads.Scalar(model), p, rollout), {}, 1))
+    fn, args, options = src.experience_of(full, rollout, jax.ShapeDtypeStruct((B,), jnp.float32, sharding=rows), jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), call=lambda f, *a, **k: (f, a, k))
+    program = Program("experience", fn, args, options, 1)
+    programs.append(program)
+    exp = place(program.shapes(mesh)[0])
+    resident["reference"] = [p for what, p in loaded if what.endswith("rl.reference")]
+    resident["experience"] = exp
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // src.minibatches, *x.shape[1:]), x.dtype, sharding=x.sharding), exp)
+    batch = part if src.mix is None else {"ppo": part, "ptx": src.mix.next(None)}
+    programs.append(Program("step", step, (state, s.frozen, batch), {}, src.epochs * src.minibatches))
+    # A third of a training step is a forward pass: of the policy that samples, of every judge, of old log-probs and values,
+    # and of the reference.
+    critic = isinstance(s.params.get("value"), dict) and "trunk" in s.params["value"]
+    old = getattr(exp, "logp", None) is not None
+    forwards = 1 + len(judges) + old + critic + bool(resident["reference"] or getattr(exp, "ref_logp", None) is not None)
+    model_flops = flops(T) * B * T * (forwards / 3 + src.epochs * (1 + critic) * (2 / 3 if "base" in s.frozen else 1))
     cache = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(B, T))))
     return Iteration(programs, resident, B * how.max_new, "sampled tokens", model_flops, float(cache))
+
+
+def _times(prompts: Prompts, group: int) -> Prompts:
+    more = lambda x: jax.ShapeDtypeStruct((x.shape[0] * group, *x.shape[1:]), x.dtype, sharding=x.sharding)
+    return Prompts(*(more(x) for x in prompts[:4]))
 
 
 # -- bytes of what is held ------------------------------------------------------------------------------------------

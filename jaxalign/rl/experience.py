@@ -1,26 +1,18 @@
-"""Rollout + scores + reference -> Experience, and the online source that yields it in minibatches.
-
-The source is all that reinforcement learning adds to training: the loop and the step are those of pretraining.
-"""
+"""Rollout + scores + reference -> what a policy's loss reads: `make_experience` for PPO, `group_experience` without a critic."""
 
 from __future__ import annotations
 
 import functools
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxalign import shard, tree
 from jaxalign.objectives.ppo import states_and_values
-from jaxalign.ops import advantage, nn
+from jaxalign.ops import advantage, branches
 from jaxalign.ops.logprob import before, logprob, targets
 from jaxalign.ops.masked import masked_mean, masked_whiten
 from jaxalign.rl import rewards
-from jaxalign.rl.control import KL
-from jaxalign.rl.rollout import Sampling, generate
-from jaxalign.types import Experience, Model, Rollout, ScalarModel, Source
+from jaxalign.types import Experience, GroupExperience, Model, Rollout, ScalarModel
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("temperature",))
@@ -34,7 +26,7 @@ def token_logps(model: Model, params, rows, *, temperature=1.0):
 @functools.partial(
     jax.jit,
     static_argnums=(0, 1),
-    static_argnames=("temperature", "gamma", "lam", "kl_estimator", "whiten_rewards", "whiten_advantages", "missing_eos_penalty", "clip_score"),
+    static_argnames=("temperature", "gamma", "lam", "kl_estimator", "whiten_rewards", "whiten_advantages", "missing_eos_penalty", "clip_score", "importance_cap"),
 )
 def make_experience(
     model: Model,
@@ -53,11 +45,12 @@ def make_experience(
     whiten_advantages: bool = True,
     missing_eos_penalty: float = 0.0,
     clip_score: float | None = None,
+    importance_cap: float | None = None,
 ):
     """(Experience, metrics f32[] each, TRL's names) (methods.md 4.2 to 4.6).
 
     Old log-probs and values come from the training forward, not from the sampler; `logprob_gap` says how far the two
-    are apart (nats, largest over the batch).
+    are apart (nats, largest over the batch). `importance_cap`: as in `importance`; None where the sampler is the policy.
     """
     mask = targets(rollout.mask, rollout.segments)
     x, values = states_and_values(model, value, params, rollout)
@@ -87,93 +80,88 @@ def make_experience(
     }
     if whiten_advantages:
         adv = masked_whiten(adv, mask)
+    if importance_cap is not None:
+        weight, more = importance(old.logp, rollout.logp, mask, importance_cap)
+        adv, metrics = adv * weight, metrics | more
     return Experience(rollout.tokens, mask, rollout.segments, rollout.positions, old.logp, values, adv, returns), metrics
 
 
-class PPOSource:
-    """Prompts -> rollout -> scores -> Experience -> epochs x minibatches of it, then the next prompts.
-
-    Its state is the prompt source's position, how much of the experience in flight is used, that experience itself and
-    the KL coefficient: a run killed in the middle of an epoch goes on with the very same minibatch.
+def importance(logp, sampled, mask, cap):
+    """(weights f32[B,T], their metrics): min(pi / pi_sampler, cap), which corrects a policy gradient for samples of another
+    policy, token by token, at a bounded variance (truncated importance sampling; methods of IMPALA, 1802.01561, section 4.1).
     """
+    ratio = jnp.where(mask > 0, jnp.exp(jnp.minimum(logp - sampled, 20.0)), 0.0)
+    weight = jnp.minimum(ratio, cap)
+    name = "sampling/importance_sampling_ratio"
+    return weight, {f"{name}/mean": masked_mean(weight, mask), f"{name}/max": ratio.max()}
 
-    def __init__(
-        self,
-        prompts: Source,
-        model: Model,
-        value: ScalarModel | None,
-        reference,
-        scorer: Callable,
-        sampling: Sampling,
-        mesh,
-        *,
-        epochs: int = 4,
-        minibatches: int = 1,
-        kl: KL = KL(),
-        seed: int = 0,
-        mix: Source | None = None,
-        decode: Callable | None = None,
-        frozen: dict | None = None,
-        **options,
-    ):
-        self.prompts, self.model, self.value, self.reference, self.scorer = prompts, model, value, reference, scorer
-        self.sampling, self.mesh, self.epochs, self.minibatches = sampling, mesh, epochs, minibatches
-        self.kl, self.seed, self.mix, self.decode, self.options = kl, seed, mix, decode, options
-        self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
-        self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
-        self._metrics, self._samples = {}, []
-        self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
 
-    def _collect(self, state):
-        batch = self.prompts.next(state)
-        prompts = shard.place(batch._replace(records=()), self.mesh)
-        key = nn.fold(state.key, "rollout", self.iteration)
-        params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
-        rollout = generate(self.model, self.sampling, params["policy"], prompts, key, state.step)
-        scores = self.scorer(rollout, batch)
-        self.experience, metrics = make_experience(
-            self.model, self.value, params, self.reference, rollout, scores, self.beta, temperature=self.sampling.temperature or 1.0, **self.options
-        )
-        self._metrics = {k: float(v) for k, v in metrics.items()}
-        self.beta = self.kl.update(self.beta, self._metrics["objective/kl"], prompts.tokens.shape[0])
-        self._samples = self._show(rollout, scores) if self.decode else []
-        self.iteration, self.used = self.iteration + 1, 0
+OLD_LOGP = ("forward", "rollout", "current")
 
-    def _show(self, rollout, scores, n: int = 2):
-        r = [shard.to_local(x)[:n] for x in (rollout.tokens, rollout.mask, rollout.segments, scores)]
-        return [{"prompt": self.decode(t[(m == 0) & (s != 0)]), "completion": self.decode(t[m > 0]), "score": float(c)} for t, m, s, c in zip(*r)]
 
-    def next(self, state):
-        self._metrics, self._samples = {}, []
-        if self.experience is None or self.used == self.epochs * self.minibatches:
-            self._collect(state)
-        epoch, part = divmod(self.used, self.minibatches)
-        self.used += 1
-        batch = self.experience
-        if self.minibatches > 1:
-            rows = batch.tokens.shape[0]
-            order = np.random.default_rng([self.seed, self.iteration, epoch]).permutation(rows)
-            batch = self._take(batch, order.reshape(self.minibatches, -1)[part])
-        return batch if self.mix is None else {"ppo": batch, "ptx": shard.place(self.mix.next(state), self.mesh)}
+@functools.partial(
+    jax.jit,
+    static_argnums=(0,),
+    static_argnames=("group", "max_new", "temperature", "scale_rewards", "old_logp", "missing_eos_penalty", "clip_score", "importance_cap", "answers_per_row"),
+)
+def group_experience(
+    model: Model,
+    params,
+    reference,
+    rollout: Rollout,
+    scores,
+    *,
+    group: int,
+    max_new: int,
+    temperature: float = 1.0,
+    scale_rewards: str = "group",
+    old_logp: str = "forward",
+    missing_eos_penalty: float = 0.0,
+    clip_score: float | None = None,
+    importance_cap: float | None = None,
+    answers_per_row: int = 1,
+):
+    """(GroupExperience, metrics f32[] each, TRL's names) of rollouts in which `group` consecutive rows answer one prompt.
 
-    def metrics(self) -> dict[str, float]:
-        """Of the rollout, in the step that collected it; {} in the others."""
-        return self._metrics
+    reference None: no KL penalty, no forward pass for it. old_logp: by the training "forward", the "rollout"'s own, or
+    "current": none, where a rollout is trained on once and the policy is still its own old one. scale_rewards: a key of
+    `advantage.GROUP_ADVANTAGES`. answers_per_row: that many answers share a row and its prompt (`ops.branches`); the rows are
+    then [B / answers_per_row, P + answers_per_row * max_new], in the order of the groups.
+    """
+    score = rewards.adjust(scores, rollout.truncated, missing_eos_penalty=missing_eos_penalty, clip=clip_score)
+    adv = advantage.GROUP_ADVANTAGES[scale_rewards](score, group)
+    length = targets(rollout.mask, rollout.segments).sum(1)
+    metrics = {
+        "reward": jnp.nanmean(score),
+        "reward_std": jnp.nanstd(score, ddof=1),
+        "frac_reward_zero_std": advantage.constant_groups(score, group).mean(),
+        "completions/mean_length": length.mean(),
+        "completions/min_length": length.min(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": rollout.truncated.mean(),
+    }
+    adv = jnp.broadcast_to(adv[:, None], rollout.tokens.shape)
+    rows = GroupExperience(rollout.tokens, rollout.mask, rollout.segments, rollout.positions, adv, rollout.logp)
+    if answers_per_row > 1:
+        f, segments = branches.join(rows, rollout.tokens.shape[1] - max_new, answers_per_row)
+        rows = GroupExperience(*(f(x) for x in rows[:6]))._replace(segments=segments)
+    mask = targets(rows.mask, rows.segments)
+    old = rows.sampled
+    if old_logp == "forward":
+        old = token_logps(model, params["policy"], rows, temperature=temperature).logp
+        metrics["logprob_gap"] = jnp.abs(jnp.where(mask > 0, old - rows.sampled, 0.0)).max()
+    if importance_cap is not None:
+        weight, more = importance(old, rows.sampled, mask, importance_cap)
+        rows, metrics = rows._replace(advantages=rows.advantages * weight), metrics | more
+    ref = None if reference is None else token_logps(model, reference, rows, temperature=temperature).logp
+    rows = rows._replace(mask=mask, advantages=rows.advantages * mask, sampled=rows.sampled * mask)
+    return rows._replace(logp=None if old_logp == "current" else old, ref_logp=ref), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
-    def samples(self) -> list[dict]:
-        """A few rollouts of this process, in the step that collected them."""
-        return self._samples
 
-    def state_dict(self) -> dict:
-        d = {"prompts": self.prompts.state_dict(), "iteration": self.iteration, "used": self.used, "beta": self.beta}
-        if self.mix is not None:
-            d["mix"] = self.mix.state_dict()
-        spent = self.experience is None or self.used == self.epochs * self.minibatches
-        return d if spent else {**d, "arrays": self.experience._asdict()}
-
-    def load_state_dict(self, d: dict) -> None:
-        self.prompts.load_state_dict(d["prompts"])
-        if self.mix is not None:
-            self.mix.load_state_dict(d["mix"])
-        self.iteration, self.used, self.beta = d["iteration"], d["used"], d["beta"]
-        self.experience = Experience(**d["arrays"]) if d.get("arrays") else None
+def answers_per_row(group: int, prompt: int, new: int, dim: int, rows: int, parts: int) -> int:
+    """How many answers of a group best share a row: each one more saves its prompt, and makes the attention of all longer.
+    rows (of one answer) must still divide into `parts`. Multiply-adds of a layer per token: 12 D^2 in matrices, T D in causal
+    attention, which runs at about a third of the matrices' speed.
+    """
+    cost = lambda k: (prompt + k * new) * (12 * dim + 3 * (prompt + k * new)) / k
+    return min((k for k in range(1, group + 1) if group % k == 0 and (rows // k) % parts == 0), key=cost)

@@ -1,6 +1,7 @@
 """Scores of rollouts: from a learned model on the device, or from any Python function on the host.
 
-A scorer is called as ``scorer(rollout, prompts) -> f32[B]`` (a global array).
+A scorer is called as ``scorer(rollout, prompts) -> f32[B]`` (a global array). Its attribute `where`, if it has one, says
+what it needs: "device" (a rollout alone; prompts may be None) or "host" (no device: it may run in a thread).
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ def model_scores(model: ScalarModel, params: Tree, rows) -> jax.Array:
 
 def learned(model: ScalarModel, params: Tree) -> Callable:
     """Scores by a reward model that shares the policy's tokenizer."""
-    return lambda rollout, prompts: model_scores(model, params, rollout)
+    return _where("device", lambda rollout, prompts: model_scores(model, params, rollout))
+
+
+def _where(what: str, scorer: Callable) -> Callable:
+    scorer.where = what
+    return scorer
 
 
 # How the scores f32[M,B] of M models become one (Coste et al. 2023, 2310.02743, section 3): mean; worst case; mean less
@@ -44,7 +50,8 @@ def ensemble(scorers: Sequence[Callable], combine: str = "mean", uncertainty: fl
     if len(scorers) == 1:
         return scorers[0]
     together = jax.jit(lambda scores: COMBINE[combine](jnp.stack(scores), uncertainty))
-    return lambda rollout, prompts: together([s(rollout, prompts) for s in scorers])
+    alike = {getattr(s, "where", "") for s in scorers} == {"device"}
+    return _where("device" if alike else "", lambda rollout, prompts: together([s(rollout, prompts) for s in scorers]))
 
 
 def python(fn: Callable[[str, str, dict], float], decode: Callable, mesh) -> Callable:
@@ -72,7 +79,7 @@ def python(fn: Callable[[str, str, dict], float], decode: Callable, mesh) -> Cal
             out[i] = value
         return shard.place(out, mesh)
 
-    return scorer
+    return _where("host", scorer)
 
 
 def adjust(scores, truncated, *, missing_eos_penalty: float = 0.0, clip: float | None = None):

@@ -285,10 +285,9 @@ def test_bfloat16_hidden_states_give_float32_results():
 # -- the only shift -------------------------------------------------------------------------------------------------
 
 
-def test_before_firsts_targets_by_hand():
+def test_before_and_targets_by_hand():
     segments = np.array([[0, 1, 1, 1, 2, 2, 0, 0]], np.int32)
     x = np.arange(8, dtype=np.float32)[None]
-    np.testing.assert_array_equal(lp.firsts(segments), [[1, 1, 0, 0, 1, 0, 1, 0]])
     np.testing.assert_array_equal(lp.before(x, segments), [[0, 0, 1, 2, 0, 4, 0, 0]])
     np.testing.assert_array_equal(lp.before(x[..., None], segments)[..., 0], [[0, 0, 1, 2, 0, 4, 0, 0]])
     np.testing.assert_array_equal(lp.targets(np.ones((1, 8), np.float32), segments), [[0, 0, 1, 1, 0, 1, 0, 0]])

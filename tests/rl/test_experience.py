@@ -13,9 +13,10 @@ from jaxalign import shard
 from jaxalign.objectives import ppo
 from jaxalign.rl import rewards
 from jaxalign.rl.control import KL
-from jaxalign.rl.experience import PPOSource, make_experience
+from jaxalign.rl.experience import make_experience
+from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import Sampling, generate
-from jaxalign.types import Prompts, Rollout, UserError
+from jaxalign.types import Experience, Prompts, Rollout, UserError
 
 PPO = np.load(Path(__file__).parents[1] / "vectors/ppo.npz")
 MESH = shard.make_mesh({}, jax.devices()[:1])
@@ -130,8 +131,10 @@ def learner(seed):
 
 def source(scorer=None, **more):
     by_length = lambda rollout, prompts: jnp.asarray(rollout.mask).sum(1)
-    options = {"epochs": 2, "minibatches": 4, **more}
-    return PPOSource(PromptSource(), tiny.LLAMA, None, tiny.init(tiny.LLAMA, 9), scorer or by_length, HOW, MESH, **options)
+    reference = tiny.init(tiny.LLAMA, 9)
+    make = lambda params, rollout, scores, beta: make_experience(tiny.LLAMA, None, params, reference, rollout, scores, beta, temperature=HOW.temperature)
+    options = {"epochs": 2, "minibatches": 4, "kind": Experience, **more}
+    return OnlineSource(PromptSource(), tiny.LLAMA, scorer or by_length, HOW, MESH, make, **options)
 
 
 def same(a, b):

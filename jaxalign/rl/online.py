@@ -1,0 +1,177 @@
+"""The online source: all that reinforcement learning adds to training. The loop and the step are those of pretraining.
+
+Prompts -> G samples of each -> scores -> an experience -> epochs x minibatches of it, then the next prompts.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import shard, tree
+from jaxalign.ops import nn
+from jaxalign.rl.control import KL
+from jaxalign.rl.rollout import Sampling, generate
+from jaxalign.types import GroupExperience, Model, Prompts, Rollout, Source
+
+
+def repeated(prompts: Prompts, group: int) -> Prompts:
+    """Each prompt `group` times in a row, each with a stable id of its own."""
+    if group == 1:
+        return prompts
+    tokens, segments, positions = (np.repeat(x, group, axis=0) for x in prompts[:3])
+    row = (prompts.row[:, None] * group + np.arange(group, dtype=np.int32)).reshape(-1)
+    return Prompts(tokens, segments, positions, row, tuple(r for r in prompts.records for _ in range(group)))
+
+
+class OnlineSource:
+    """`experience(params, rollout, scores, beta) -> (experience, metrics)` makes of a rollout what the objective reads
+    (`rl.experience`): a `kind` of NamedTuple, whose rows are cut into minibatches.
+
+    staleness S: iteration i trains on what was sampled with the params of iteration i - S (of the first, in the first S), so
+    that S rollouts are always under way. A host-side scorer then works in a thread while the step runs. On devices of its own
+    (`rollout_mesh`) sampling overlaps with training too: the policy is copied there once an iteration.
+
+    Its state is the prompt source's position, the rollouts under way with their scores, how much of the experience in flight
+    is used, that experience itself and the KL coefficient: a run killed in the middle of an epoch goes on with the very same
+    minibatch.
+    """
+
+    def __init__(
+        self,
+        prompts: Source,
+        model: Model,
+        scorer: Callable,
+        sampling: Sampling,
+        mesh,
+        experience: Callable,
+        *,
+        group: int = 1,
+        epochs: int = 1,
+        minibatches: int = 1,
+        kl: KL = KL(),
+        seed: int = 0,
+        mix: Source | None = None,
+        decode: Callable | None = None,
+        frozen: dict | None = None,
+        staleness: int = 0,
+        rollout_mesh=None,
+        kind: type = GroupExperience,
+    ):
+        self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of = prompts, model, scorer, sampling, mesh, experience
+        self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
+        self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
+        self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
+        self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
+        self._queue: list[dict[str, Any]] = []  # rollouts under way: {"born": iteration, "rollout": ..., "scores": array or Future, if it has begun}
+        self._metrics, self._samples = {}, []
+        self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
+        self._thread = concurrent.futures.ThreadPoolExecutor(1) if staleness else None
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
+
+    def _sample(self, policy, prompts: Prompts, key, version) -> Rollout:
+        """The one place that samples."""
+        mesh = self.rollout_mesh
+        if mesh is None:
+            return generate(self.model, self.sampling, policy, shard.place(prompts, self.mesh), key, version)
+        policy, key, version = jax.device_put((policy, key, version), shard.replicated(mesh))
+        with jax.set_mesh(mesh):
+            return generate(self.model, self.sampling, policy, shard.place(prompts, mesh), key, version)
+
+    def _launch(self, params, state):
+        batch = repeated(self.prompts.next(state), self.group)
+        key = nn.fold(state.key, "rollout", self.iteration + len(self._queue))
+        rollout = self._sample(params["policy"], batch._replace(records=()), key, state.step)
+        entry = {"born": self.iteration, "rollout": rollout}
+        where = getattr(self.scorer, "where", "")
+        if self.staleness and where == "host":
+            entry["scores"] = self._thread.submit(self.scorer, rollout, batch)
+        elif not (self.staleness and where == "device"):  # those can wait for their turn: nothing of them is on the host
+            entry["rollout"] = rollout = self._here(rollout)
+            entry["scores"] = self.scorer(rollout, batch)
+        self._queue.append(entry)
+
+    def _here(self, rollout: Rollout) -> Rollout:
+        """On the devices that train."""
+        if self.rollout_mesh is None:
+            return rollout
+        rows, whole = shard.batch_sharding(self.mesh), shard.replicated(self.mesh)
+        return jax.device_put(rollout, jax.tree.map(lambda x: rows if x.ndim else whole, rollout))
+
+    def _collect(self, state):
+        params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
+        while len(self._queue) <= self.staleness:
+            self._launch(params, state)
+        entry = self._queue.pop(0)
+        rollout = self._here(entry["rollout"])
+        scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
+        self.experience, metrics = self.experience_of(params, rollout, scores, self.beta)
+        self._metrics = {k: float(v) for k, v in metrics.items()}
+        if self.staleness:
+            self._metrics["staleness"] = float(self.iteration - entry["born"])
+        self.beta = self.kl.update(self.beta, self._metrics.get("objective/kl", 0.0), rollout.tokens.shape[0])
+        self._samples = self._show(rollout, scores) if self.decode else []
+        self.iteration, self.used = self.iteration + 1, 0
+
+    def _show(self, rollout, scores, n: int = 2):
+        r = [shard.to_local(x)[:n] for x in (rollout.tokens, rollout.mask, rollout.segments, scores)]
+        return [{"prompt": self.decode(t[(m == 0) & (s != 0)]), "completion": self.decode(t[m > 0]), "score": float(c)} for t, m, s, c in zip(*r)]
+
+    # -- the source -------------------------------------------------------------------------------------------------
+
+    def next(self, state):
+        self._metrics, self._samples = {}, []
+        if self.experience is None or self.used == self.epochs * self.minibatches:
+            self._collect(state)
+        epoch, part = divmod(self.used, self.minibatches)
+        self.used += 1
+        batch = self.experience
+        if self.minibatches > 1:
+            rows = batch.tokens.shape[0]
+            order = np.random.default_rng([self.seed, self.iteration, epoch]).permutation(rows)
+            batch = self._take(batch, order.reshape(self.minibatches, -1)[part])
+        return batch if self.mix is None else {"ppo": batch, "ptx": shard.place(self.mix.next(state), self.mesh)}
+
+    def metrics(self) -> dict[str, float]:
+        """Of the rollout, in the step that collected it; {} in the others."""
+        return self._metrics
+
+    def samples(self) -> list[dict]:
+        """A few rollouts of this process, in the step that collected them."""
+        return self._samples
+
+    def state_dict(self) -> dict:
+        d = {"prompts": self.prompts.state_dict(), "iteration": self.iteration, "used": self.used, "beta": self.beta}
+        if self.mix is not None:
+            d["mix"] = self.mix.state_dict()
+        arrays: dict[str, Any] = {}
+        if self.experience is not None and self.used < self.epochs * self.minibatches:
+            arrays["experience"] = {k: x for k, x in self.experience._asdict().items() if x is not None}
+        if self._queue:
+            d["born"] = [e["born"] for e in self._queue]
+            for i, e in enumerate(self._queue):
+                scores = {"scores": _result(e["scores"])} if "scores" in e else {}
+                arrays[f"rollout_{i}"] = {**self._here(e["rollout"])._asdict(), **scores}
+        return {**d, "arrays": arrays} if arrays else d
+
+    def load_state_dict(self, d: dict) -> None:
+        self.prompts.load_state_dict(d["prompts"])
+        if self.mix is not None:
+            self.mix.load_state_dict(d["mix"])
+        self.iteration, self.used, self.beta = d["iteration"], d["used"], d["beta"]
+        arrays = d.get("arrays") or {}
+        self.experience = self.kind(**arrays["experience"]) if "experience" in arrays else None
+        self._queue = []
+        for i, born in enumerate(d.get("born", ())):
+            fields = dict(arrays[f"rollout_{i}"])
+            scores = {"scores": fields.pop("scores")} if "scores" in fields else {}
+            self._queue.append({"born": born, "rollout": Rollout(**fields), **scores})
+
+
+def _result(scores):
+    return scores.result() if isinstance(scores, concurrent.futures.Future) else scores
