@@ -75,7 +75,9 @@ def topology(name: str) -> tuple[list, Chip | None]:
         raise UserError(f'--topology={name} compiles for TPUs through libtpu, which is not installed: pip install "jaxalign[plan]"') from None
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud's metadata server that is not there
+    # No TPU is touched: no cloud's metadata server need be asked for it, and no other process be kept from it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
     except Exception as e:  # libtpu reports whatever it dislikes as a RuntimeError or an XlaRuntimeError

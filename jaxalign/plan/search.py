@@ -15,7 +15,7 @@ from typing import Callable
 import jax
 from ml_collections import ConfigDict
 
-from jaxalign import build, shard, tree
+from jaxalign import build, tree
 from jaxalign.chips import Chip
 from jaxalign.plan import programs, roofline
 from jaxalign.types import UserError
@@ -77,7 +77,6 @@ class Work:
 
 def work(config: ConfigDict, name: str, devices: list) -> Work:
     """Of the stage on a mesh that is all fsdp, or all data where rows are few: only shapes are read off it."""
-    c = build.stages(config)[name]
     probe = config.copy_and_resolve_references()
     with probe.unlocked():
         probe.mesh.data, probe.mesh.fsdp, probe.mesh.tensor, probe.mesh.context, probe.mesh.expert = 1, 1, 1, 1, 1
