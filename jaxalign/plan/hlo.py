@@ -40,7 +40,7 @@ class Array:
     @property
     def stored(self) -> float:
         """Bytes in main memory."""
-        return self.bytes if self.space == 0 else 0.0
+        return self.bytes if self.space == 0 and self.shape else 0.0  # scalars live in registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +265,8 @@ def _moved(comps, c: Computation, op: Op) -> float:
     inner = comps.get(op.called("calls")) if op.kind == "fusion" else None
     if inner is None:
         return whole(op.out) + sum(whole(shape_of(a)) for a in op.args)
+    carried = {a.shape for o in inner.ops.values() if o.kind in COLLECTIVES for n in (o.name, *o.args) if n in inner.ops for a in inner.ops[n].out}
+    whole = lambda arrays: sum(x.stored for x in arrays if x.shape not in carried)  # their traffic is the interconnect's
     users = collections.defaultdict(list)
     for o in inner.ops.values():
         for i, a in enumerate(o.args):
@@ -289,7 +291,7 @@ def _moved(comps, c: Computation, op: Op) -> float:
         while r.kind == "bitcast" and r.args[0] in inner.ops:
             r = inner.ops[r.args[0]]
         part = inner.ops[r.args[1]].out[0].bytes if r.kind == "dynamic-update-slice" else out.bytes
-        written += part if out.space == 0 else 0.0
+        written += part if out.space == 0 and out.shape not in carried else 0.0
     return read + written
 
 
@@ -303,6 +305,9 @@ def cost(text: str, unknown: int = 1) -> Cost:
     """Of a compiled program's text (`compiled.as_text()`). unknown: how often a loop runs whose end is computed."""
     comps, entry = parse(text)
     done: dict[tuple[str, bool], Cost] = {}
+    # A TPU carries a collective on beside the products that follow it: the one instruction stands again in every fusion that
+    # does a part of it, and is counted where it starts.
+    started = lambda c: any("AsyncCollectiveStart" in o.rest for o in c.ops.values())
 
     def of(name: str, fused: bool) -> Cost:
         if (name, fused) in done:
@@ -343,8 +348,8 @@ def cost(text: str, unknown: int = 1) -> Cost:
             elif op.kind == "fusion" and (inside := op.called("calls")) in comps:
                 under = of(inside, True)
                 flops = under.flops
-                for k, v in under.collectives.items():
-                    out.add(Cost(collectives={k: v}))
+                if started(comps[inside]):
+                    out.add(Cost(collectives=dict(under.collectives)))
             elif op.kind == "custom-call":
                 target = (re.search(r'custom_call_target="([^"]*)"', op.rest) or [0, "?"])[1]
                 if target in NO_WORK:
