@@ -196,7 +196,7 @@ def local(f: Callable, *ins: Tree, out: Tree) -> Callable:
 
         def note(names, arg):
             for leaf in jax.tree.leaves(arg):
-                for name, dim in zip(names.split(), leaf.shape, strict=True):
+                for name, dim in zip(names.split(), np.shape(leaf), strict=True):
                     sizes.setdefault(name, []).append(dim)
 
         jax.tree.map(note, ins, args)

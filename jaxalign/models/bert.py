@@ -96,7 +96,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     dense = lambda x, p: nn.linear(x, p["w"], p["b"])
     split = lambda x: x.reshape(B, T, cfg.heads, -1)
     spread = lambda x: shard.constrain(x, "batch", "time", None)
-    x = nn.embed(params["embed"], tokens, cfg.dtype) + nn.embed(params["types"], jnp.zeros_like(tokens), cfg.dtype) + nn.embed(params["positions"], positions, cfg.dtype)
+    x = nn.embed(params["embed"], tokens, cfg.dtype) + nn.embed(params["types"], jnp.zeros_like(tokens), cfg.dtype, ".") + nn.embed(params["positions"], positions, cfg.dtype, ".")
     x = spread(_norm(cfg, x, params["embed_norm"]))
 
     def block(p, x, _):

@@ -180,12 +180,11 @@ def _gated(cfg: Config, p, h):
 
 def _mixture(cfg: Config, p, h, segments):
     """(the experts' output, the load they got)."""
-    rows = nn.rows(h)
-    weight, expert, probabilities = moe.route(rows, p["router"], cfg.experts_per_token, cfg.renormalise)
-    y = moe.experts(rows, weight, expert, p["experts"], nn.ACTIVATIONS[cfg.activation]).reshape(h.shape)
+    weight, expert, probabilities = moe.route(h, p["router"], cfg.experts_per_token, cfg.renormalise)
+    y = moe.experts(h, weight, expert, p["experts"], nn.ACTIVATIONS[cfg.activation])
     if cfg.shared_hidden:
         y = y + jax.nn.sigmoid(nn.linear(h, p["shared"]["mix"])) * _gated(cfg, p["shared"], h)
-    return y, moe.load(probabilities, expert, (segments != 0).reshape(-1).astype(probabilities.dtype))
+    return y, moe.load(probabilities, expert, (segments != 0).astype(probabilities.dtype))
 
 
 def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> nn.Hidden:

@@ -69,7 +69,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     B, T = tokens.shape
     heads = lambda a: a.reshape(B, T, cfg.heads, cfg.dim // cfg.heads)
     norm = lambda x, p: nn.layer_norm(x, p["scale"], p["bias"], cfg.norm_eps)
-    x = nn.embed(params["embed"], tokens, cfg.dtype) + nn.embed(params["positions"], positions, cfg.dtype)
+    x = nn.embed(params["embed"], tokens, cfg.dtype) + nn.embed(params["positions"], positions, cfg.dtype, ".")
     x = shard.constrain(x, "batch", "time", None)
     cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
 

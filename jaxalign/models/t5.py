@@ -113,7 +113,7 @@ def _buckets(buckets: int, max_distance: int) -> np.ndarray:
 def _bias(cfg: Config, table, q_positions, kv_positions, both_ways: bool):
     """[buckets,N] -> f32[B,N,T,S]."""
     where = bucket(kv_positions[:, None, :] - q_positions[:, :, None], cfg.buckets, cfg.max_distance, both_ways)
-    return jnp.moveaxis(nn.embed(table, where, jnp.float32), -1, 1)
+    return jnp.moveaxis(jnp.take(nn.weight(table, jnp.float32), where, axis=0, mode="clip"), -1, 1)
 
 
 def _mlp(cfg: Config, p, h):

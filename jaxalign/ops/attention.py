@@ -1,4 +1,9 @@
-"""One `attend` for training, prefill and decoding.
+"""One `attend` for training, prefill and decoding, which picks its form by the platform of the mesh and by shape.
+
+  a row attends to itself, causal         time is cut by the mesh      `ring`
+  queries and keys of one length          on TPUs                      `splash`, where the shapes suit it
+  a row attends to itself, causal         anywhere else                by blocks of queries
+  a cache, a bias, another sequence                                    the plain form
 
 A query sees a key when both lie in the same segment (0 = padding, seen by nobody; with branches, also in its trunk, see
 `ops.branches`), the key's slot is not later than the query's, and, with a window, not further back than it. Letters: B batch, T queries, S keys, N query heads,
@@ -8,28 +13,18 @@ K key/value heads, G = N / K, H head width.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops import branches
+from jaxalign import shard
+from jaxalign.ops import branches, ring, splash
+from jaxalign.ops.masks import MASKED, visible
 from jaxalign.ops.nn import wide
 
-# Where masked scores go. Finite, so that a row that sees nothing gives a finite mean and finite gradients.
-MASKED = -1e30
 # Queries per block of the causal form, at least: each block reads only the keys before its end.
 BLOCK = 64
-
-
-def visible(q_segments, kv_segments, q_slots, kv_slots, *, causal: bool, window=None, positions=None) -> jax.Array:
-    """bool[B,T,S]. `positions`, of queries and of keys, measure the window where slots have holes between them."""
-    ok = branches.same(q_segments, kv_segments)
-    gap = (q_slots[:, None] - kv_slots[None, :])[None]
-    if causal:
-        ok &= gap >= 0
-    if window is not None:
-        ok &= (gap if positions is None else positions[0][:, :, None] - positions[1][:, None, :]) < window
-    return ok
 
 
 def _plain(q, k, v, ok, scale, softcap, bias=None):
@@ -112,14 +107,28 @@ def attend(q, k, v, *, q_segments, kv_segments, start=0, causal=True, window=Non
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     scale = H**-0.5 if scale is None else scale
+    whole = T == S and bias is None and isinstance(start, int)  # rows of their own length, no cache
+    plain = not branches.branched(q_segments)  # segments that are equal or not, as ring and kernel compare them
+    fixed = window is None or isinstance(window, int)  # a window that a kernel can know
+    if whole and plain and causal and ring.fits(T):
+        return ring.attend(softcap, q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, window)
+    if whole and plain and fixed and splash.fits(T, S, H):
+        return splash.attend(q * jnp.asarray(scale, q.dtype), *_enough(k, v, N), q_segments, kv_segments, causal=causal, window=window, softcap=softcap)
     # Heads before time: every product below is then a plain batched matrix product.
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     if bias is not None:
         bias = bias.reshape(-1, K, N // K, T, S)
-    if causal and T == S and bias is None and isinstance(start, int):
+    if causal and whole:
         out = _causal(softcap, q * jnp.asarray(scale, q.dtype), k, v, q_segments, window)
     else:
         ok = visible(q_segments, kv_segments, start + jnp.arange(T), jnp.arange(S), causal=causal, window=window, positions=positions)
         out = _plain(q, k, v, ok, scale, softcap, bias)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
+
+
+def _enough(k, v, N: int):
+    """Keys and values for every device that heads are cut over: where those are more than the key heads each is repeated."""
+    K, ways = k.shape[2], shard.ways("heads")
+    more = math.lcm(K, ways) // K
+    return (jnp.repeat(k, more, 2), jnp.repeat(v, more, 2)) if N % (K * more) == 0 else (k, v)

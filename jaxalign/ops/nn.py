@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import tree
+from jaxalign import shard, tree
 from jaxalign.ops import quant
 from jaxalign.types import Tree
 
@@ -102,8 +102,9 @@ class Unembed:
 
 def rows(x: jax.Array) -> jax.Array:
     """f[..., I] -> f[n, I]: a sum over one dimension of rows is a plain matrix product for XLA's CPU backend, a sum over
-    two is a slow one, above all in weight gradients."""
-    return x.reshape(-1, x.shape[-1])
+    two is a slow one, above all in weight gradients. Where a mesh cuts time they stay two: a merged dimension would have to
+    be gathered first."""
+    return x if shard.ways("time") > 1 else x.reshape(-1, x.shape[-1])
 
 
 def wide(*xs):
@@ -192,16 +193,48 @@ def last(x: jax.Array, segments: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index[:, None], 1)[:, 0]
 
 
-def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+def embed(table: jax.Array, ids: jax.Array, dtype, axis: str = "vocab") -> jax.Array:
     """[V,D], i32[B,T] -> [B,T,D]. Ids are checked on the host: out of range would clamp silently here.
 
-    An adapted table looks up W and a, and multiplies by b; a quantised one is dequantised whole.
+    An adapted table looks up W and a, and multiplies by b; a quantised one is dequantised whole. `axis` is the logical axis
+    of V ("." for one that no mesh cuts, as a table of positions).
     """
     if not is_adapted(table):
-        return jnp.take(weight(table), ids, axis=0, mode="clip").astype(dtype)
-    low = embed(table["a"], ids, dtype) * table["scale"].astype(dtype)
-    y = embed(table["base"], ids, dtype) + low @ table["b"].astype(dtype)
+        return _look_up(weight(table), ids, jnp.dtype(dtype), axis)
+    low = embed(table["a"], ids, dtype, axis) * table["scale"].astype(dtype)
+    y = embed(table["base"], ids, dtype, axis) + low @ table["b"].astype(dtype)
     return y * (table["magnitude"] * dora_factor(table)).astype(dtype) if "magnitude" in table else y
+
+
+# On a mesh each device looks up its own rows' ids in its own piece of the vocabulary: left alone, XLA gathers the whole table.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up(table, ids, dtype, axis):
+    def run(pieces, table, ids):
+        own = ids - pieces.index(axis) * table.shape[0]
+        x = jnp.take(pieces.whole(table, 1, "embed"), own, axis=0, mode="clip").astype(dtype)
+        return pieces.sum(jnp.where(((own >= 0) & (own < table.shape[0]))[..., None], x, 0), axis) if pieces.over(axis) else x
+
+    return shard.local(run, f"{axis} embed", "batch time", out="batch time .")(table, ids)
+
+
+def _look_up_fwd(table, ids, dtype, axis):
+    return _look_up(table, ids, dtype, axis), (table, ids)
+
+
+def _look_up_bwd(dtype, axis, saved, g):
+    def run(pieces, table, ids, g):
+        own = ids - pieces.index(axis) * table.shape[0]
+        own = jnp.where(own >= 0, own, table.shape[0]) if pieces.over(axis) else jnp.clip(own, 0, table.shape[0] - 1)
+        dw = jnp.zeros((table.shape[0], g.shape[-1]), table.dtype).at[own].add(g.astype(table.dtype), mode="drop")
+        return pieces.sum(dw, "batch", "time", scatter=(1, "embed"))
+
+    cut = f"{axis} embed"
+    return shard.local(run, cut, "batch time", "batch time .", out=cut)(*saved, g), None
+
+
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 # By the names that configs use; "gelu" is the exact one, as in transformers.

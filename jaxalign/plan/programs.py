@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import types
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -91,11 +92,14 @@ def world(config: ConfigDict, devices: list) -> World:
     mesh = shard.make_mesh({k: int(v) for k, v in config.mesh.items()}, devices)
     path = config.tokenizer.path or config.model.path
     tokenizer = toks.Bytes()
-    if not config.model.path and not config.model.vocab and path:
-        if not os.path.exists(path):
-            raise UserError(f"model.vocab is 0, which is the tokenizer's size, and there is no {path}: set model.vocab")
-        tokenizer = toks.load(path)
-    return World(config, Path("."), mesh, dict(config.rules), tokenizer, PLAIN, model_of(config.model, tokenizer), imagined=Imagined())
+    if config.model.path or config.model.vocab:
+        model = model_of(config.model, types.SimpleNamespace(vocab_size=0))  # nobody asks whether the tokenizer fits
+    elif path and not os.path.exists(path):
+        raise UserError(f"model.vocab is 0, which is the tokenizer's size, and there is no {path}: set model.vocab")
+    else:
+        tokenizer = toks.load(path) if path else tokenizer
+        model = model_of(config.model, tokenizer)
+    return World(config, Path("."), mesh, dict(config.rules), tokenizer, PLAIN, model, imagined=Imagined())
 
 
 def stage(config: ConfigDict, name: str, c: ConfigDict, devices: list) -> build.Stage:
