@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -17,6 +18,7 @@ def define(fv):
     flags.DEFINE_string("topology", "local", "a TPU slice as v5e:4x4, v5p:4x4x4 or v6e:16x16; cpu:8; or local, the devices at hand", flag_values=fv)
     flags.DEFINE_bool("search", False, "propose mesh, model.remat and data.accumulate: many by formulas, the best few compiled", flag_values=fv)
     flags.DEFINE_integer("top", 3, "how many of them are compiled", lower_bound=1, flag_values=fv)
+    flags.DEFINE_string("text", None, "write the text of the compiled programs into this directory", flag_values=fv)
     flags.DEFINE_string("json", None, "write the numbers to this file, too", flag_values=fv)
 
 
@@ -36,7 +38,7 @@ def main(fv, rest):
     else:
         c = build.stages(config)[name]
         s = programs.stage(config, name, c, devices)
-        p = roofline.plan(name, programs.iteration(s), s.world.mesh, chip, say)
+        p = roofline.plan(name, programs.iteration(s), s.world.mesh, chip, say, Path(fv.text) if fv.text else None)
         print("\n".join(roofline.lines(p, c)))
         numbers = p.json()
     if fv.json:

@@ -3,7 +3,7 @@
 XLA's own `cost_analysis` counts the body of a loop once; a model that scans over its layers would seem a layer deep. Here
 every loop's trip count is taken from its annotation, or from its counter: start, step and bound are constants in the text.
 
-FLOPs are those of matrix products (2 per multiply-add; XLA writes them as `dot` or `convolution`). Bytes are those of every
+FLOPs are those of matrix products (2 per multiply-add; XLA writes them as `dot` or `convolution`) and of splash attention. Bytes are those of every
 array that a top-level instruction reads or writes in the device's main memory; arrays that the compiler has put into
 on-chip memory (memory space S(1) in a TPU's text) are free. Of an array that is sliced only the slice counts. Where a
 conditional chooses, its dearest branch counts.
@@ -141,7 +141,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if m:
                 name, ops, root = m[2], {}, None
                 entry = name if m[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's attributes may hold line breaks and brackets of their own
             if root is not None:
                 out[name] = Computation(ops, root)
             name = None
@@ -152,6 +152,18 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 # -- counting -------------------------------------------------------------------------------------------------------
+
+
+def _kernel(name: str, given: list[Array], apart: bool) -> float:
+    """FLOPs of splash attention, which a kernel does not tell: 2 products forward, 3 for dq, 4 for dk and dv, 5 in one kernel for
+    all three (not `apart`), of which the causal mask leaves the blocks on and under the diagonal. Other kernels: 0."""
+    m = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", name)
+    wide = [a for a in given if a.kind in ("bf16", "f32") and len(a.shape) >= 3]
+    if not m or len(wide) < 2:
+        return 0.0
+    q, k = wide[:2]
+    blocks = max(k.shape[-2] // 512, 1)
+    return 2.0 * math.prod(q.shape) * k.shape[-2] * (blocks + 1) / (2 * blocks) * {"fwd": 2, "dq": 3, "dkv": 4 if apart else 5}[m[1]]
 
 
 def _dims(rest: str, key: str) -> list[int]:
@@ -354,9 +366,9 @@ def cost(text: str, unknown: int = 1) -> Cost:
                 target = (re.search(r'custom_call_target="([^"]*)"', op.rest) or [0, "?"])[1]
                 if target in NO_WORK:
                     continue
-                out.kernels[target] += 1
-                if m := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', op.rest):
-                    flops = float(m[1])
+                name = re.sub(r"\.\d+$", "", op.name) if target == "tpu_custom_call" else target
+                out.kernels[name] += 1
+                flops = _kernel(name, [a for n in op.args if n in c.ops for a in c.ops[n].out], "splash_mha_dq" in text)
             moved = 0.0 if fused else _moved(comps, c, op)
             if flops or moved:
                 out.add(Cost(flops, moved, pieces=[] if fused else [(1, flops, moved)]))

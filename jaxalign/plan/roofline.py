@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxalign.chips import Chip
@@ -47,11 +49,14 @@ class Compiled:
         return max(self.roofline_seconds, self.link_seconds)
 
 
-def compiled(p: Program, mesh, chip: Chip | None) -> Compiled:
-    """Compile and account. A program that its compiler finds too large comes back with `refused`."""
+def compiled(p: Program, mesh, chip: Chip | None, keep: Path | None = None) -> Compiled:
+    """Compile and account. A program that its compiler finds too large comes back with `refused`. keep: where its text goes."""
     start = time.perf_counter()
     lowered = p.lower(mesh)
+    cached = jax.config.jax_enable_compilation_cache
     try:
+        # What is compiled for devices that are not there can be written to the cache, and not read again.
+        jax.config.update("jax_enable_compilation_cache", cached and mesh.devices.flat[0] in jax.devices())
         exe = lowered.compile()
     except Exception as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
@@ -60,13 +65,19 @@ def compiled(p: Program, mesh, chip: Chip | None) -> Compiled:
         if m := re.search(r"([\d.]+)([KMGT])\)? exceeds", out.refused):
             out.temporaries = float(m[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[m[2]]
         return out
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     out = Compiled(p.name, p.times, time.perf_counter() - start)
     m = exe.memory_analysis()
     if m is not None:
         out.arguments, out.outputs, out.temporaries = m.argument_size_in_bytes, max(m.output_size_in_bytes - m.alias_size_in_bytes, 0), m.temp_size_in_bytes
         out.host = m.host_argument_size_in_bytes + m.host_temp_size_in_bytes + max(m.host_output_size_in_bytes - m.host_alias_size_in_bytes, 0)
         out.code = m.generated_code_size_in_bytes
-    cost = hlo.cost(exe.as_text(), p.unknown)
+    text = exe.as_text()
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{p.name.replace(' ', '_')}.hlo").write_text(text, encoding="utf-8")
+    cost = hlo.cost(text, p.unknown)
     out.flops, out.traffic, out.kernels = cost.flops, cost.bytes, dict(cost.kernels)
     devices = list(mesh.devices.ravel())
     for (kind, group), (n, size) in cost.collectives.items():
@@ -181,11 +192,11 @@ class Plan:
         return out | {"fits": self.fits, "peak": self.peak(self.worst), "seconds": self.seconds, "mfu": self.mfu, "tokens_per_second": self.tokens / self.seconds if self.seconds else None}
 
 
-def plan(name: str, it: Iteration, mesh, chip: Chip | None, progress=lambda text: None) -> Plan:
+def plan(name: str, it: Iteration, mesh, chip: Chip | None, progress=lambda text: None, keep: Path | None = None) -> Plan:
     done = []
     for p in it.programs:
         progress(f"compiling {p.name} for {mesh.size} devices")
-        done.append(compiled(p, mesh, chip))
+        done.append(compiled(p, mesh, chip, keep))
     return Plan(name, {k: v for k, v in mesh.shape.items() if v > 1}, mesh.size, chip, done, shares(it.resident), it.tokens, it.what, it.model_flops, it.cache)
 
 
@@ -201,7 +212,7 @@ def reasons(p: Plan, c) -> list[str]:
     out += [f"  {v / 2**30:8.2f} GiB  {k}" for k, v in sorted(parts.items(), key=lambda kv: -kv[1]) if v > 0.01 * total]
     state = p.resident.get("params", 0) + p.resident.get("optimizer", 0)
     advice = []
-    if state > 0.3 * total:
+    if state > 0.2 * total:
         advice += ["a larger mesh.fsdp (or mesh.tensor) cuts params and optimizer", "optim.name=adafactor or lion holds fewer moments", "adapter.rank trains a small part"]
     if sum(v for k, v in p.resident.items() if k.startswith(("reference", "reward", "frozen"))) > 0.2 * total:
         advice += ["adapter.rank makes the reference the frozen base, at no cost", "adapter.quantise holds the frozen base in fewer bits"]

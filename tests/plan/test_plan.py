@@ -42,7 +42,7 @@ def test_the_step_is_the_one_that_trains(kind, data, tmp_path):
     mesh = real.world.mesh
     with jax.set_mesh(mesh):
         state, step = real.begin()
-        batch = shard.place(real.source.next(state), mesh)
+        batch = jax.device_put(shard.place(real.source.next(state), mesh), shard.batch_sharding(mesh))  # one spelling of the same cut
         text = step.lower(state, real.frozen, batch).as_text()
     assert it.programs[-1].lower(mesh).as_text() == text
     held = sum(s.data.nbytes for x in jax.tree.leaves((state.params, state.opt_state)) for s in x.addressable_shards[:1])
@@ -154,11 +154,11 @@ def tiny_lm(**data):
 
 def test_search_compiles_the_best_and_ranks_by_what_was_compiled():
     c = tiny_lm()
-    found = search.search(c, "lm", jax.devices()[:4], CHIP, top=2)
+    found = search.search(c, "lm", jax.devices()[:2], CHIP, top=2)
     assert [x.plan.fits for x in found] == [True, True]
     assert found[0].plan.seconds <= found[1].plan.seconds
     best = found[0].candidate
-    assert best.data * best.fsdp * best.tensor == 4 and found[0].plan.mesh == {k: v for k, v in dataclass_sizes(best).items() if v > 1}
+    assert best.data * best.fsdp * best.tensor == 2 and found[0].plan.mesh == {k: v for k, v in dataclass_sizes(best).items() if v > 1}
     assert f"--config.mesh.fsdp={best.fsdp}" in search.lines(found)[-1]
     assert best.put(c, "lm").stage.data.accumulate == best.accumulate and c.stage.data.accumulate == 1  # the config given is left alone
 
