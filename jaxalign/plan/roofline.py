@@ -212,11 +212,12 @@ def reasons(p: Plan, c) -> list[str]:
     out += [f"  {v / 2**30:8.2f} GiB  {k}" for k, v in sorted(parts.items(), key=lambda kv: -kv[1]) if v > 0.01 * total]
     state = p.resident.get("params", 0) + p.resident.get("optimizer", 0)
     advice = []
-    if state > 0.2 * total:
+    room = min(total, p.chip.memory) if p.chip else total
+    if state > 0.3 * room:
         advice += ["a larger mesh.fsdp (or mesh.tensor) cuts params and optimizer", "optim.name=adafactor or lion holds fewer moments", "adapter.rank trains a small part"]
-    if sum(v for k, v in p.resident.items() if k.startswith(("reference", "reward", "frozen"))) > 0.2 * total:
+    if sum(v for k, v in p.resident.items() if k.startswith(("reference", "reward", "frozen"))) > 0.2 * room:
         advice += ["adapter.rank makes the reference the frozen base, at no cost", "adapter.quantise holds the frozen base in fewer bits"]
-    if w.temporaries > 0.3 * total:
+    if w.temporaries > 0.3 * room:
         if w.name == "step":
             advice += ["model.remat=full keeps one activation a layer", f"data.accumulate above {c.data.accumulate} makes micro-batches smaller"]
         else:
