@@ -17,14 +17,14 @@ SHAPES = {
     "8b": dict(dim=4096, layers=32, heads=32, kv_heads=8, hidden=14336, tied=False),
     "70b": dict(dim=8192, layers=80, heads=64, kv_heads=8, hidden=28672, tied=False),
 }
-# tensor, by preset; fsdp takes the rest. Sampling reads every weight for every token, and should not gather them all.
-PRESETS = {"1b_sft": 1, "8b_dpo": 1, "8b_ppo": 8, "70b_sft": 4}
+# (data, tensor) by preset; fsdp takes the rest. Sampling reads every weight for every token, and should gather few of them.
+PRESETS = {"1b_sft": (1, 1), "8b_dpo": (1, 1), "8b_ppo": (4, 4), "70b_sft": (1, 4)}
 
 
 def get_config(arg=None):
     arg = build.preset(arg, *PRESETS) or next(iter(PRESETS))
     c = build.base(arg, vocab=128256, rope_theta=500000.0, max_len=8192, dtype="bfloat16", scan=True, remat="full", **SHAPES[arg.split("_")[0]])
-    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, PRESETS[arg]
+    c.mesh.fsdp, (c.mesh.data, c.mesh.tensor) = -1, PRESETS[arg]
     warm = dict(lr=2e-5, warmup=20, schedule="cosine")
     c.stage = {
         "1b_sft": lambda: build.stage("lm", data=dict(path="train.jsonl", batch_size=64, seq_len=4096), train=dict(steps=1000), optim=warm),

@@ -81,6 +81,21 @@ def test_under_adapters_the_reference_is_free(ppo):
     assert got["params"] < 0.5 * got["frozen"] and got["optimizer"] == pytest.approx(2 * got["params"], rel=0.02)
 
 
+def test_grpo_has_no_critic_and_many_answers(data):
+    """Four answers to each prompt; without a penalty there is no reference and nothing of it in the experience."""
+    c = shapes_of("ppo", data)
+    c.stage = build.stage("grpo", init="x", data=dict(path="none", batch_size=4, max_prompt_len=16), rl=dict(reward="reward", group=4, minibatches=2), sampling=dict(max_new=8))
+    c.stage.objective.beta = 0.0
+    s = programs.stage(c, "grpo", c.stage, jax.devices()[:2])
+    it = programs.iteration(s)
+    assert [p.name for p in it.programs] == ["generate", "score", "experience", "step"]
+    assert it.programs[0].args[3].tokens.shape == (16, 16) and it.tokens == 16 * 8
+    assert set(programs.shares(it.resident)) == {"params", "optimizer", "reward", "experience"}
+    batch = it.programs[-1].args[2]
+    assert batch.ref_logp is None and batch.advantages.shape == batch.tokens.shape == (it.resident["experience"].tokens.shape[0] // 2, batch.tokens.shape[1])
+    it.programs[-1].lower(s.world.mesh)  # the step takes these shapes
+
+
 def test_a_plan_adds_up(ppo):
     """Compiled for two simulated devices and a chip that is slow enough to count on."""
     c, s, it = ppo
