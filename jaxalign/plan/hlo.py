@@ -308,7 +308,9 @@ def _moved(comps, c: Computation, op: Op) -> float:
 
 
 def _group(rest: str) -> str:
-    """What says who takes part: the first group of replicas, or the pairs of a permutation."""
+    """What says who takes part: groups of replicas in one of XLA's three spellings, or the pairs of a permutation."""
+    if m := re.search(r"replica_groups=(mesh\[[^\]]*\] ?\{[^}]*\})", rest):
+        return m[1]
     m = re.search(r"(?:replica_groups|source_target_pairs)=(\[[^\]]*\](?:<=\[[\d,]*\])?(?:T\([\d,]*\))?|\{(?:\{[\d,]*\},?)*\})", rest)
     return m[1] if m else ""
 
@@ -319,7 +321,7 @@ def cost(text: str, unknown: int = 1) -> Cost:
     done: dict[tuple[str, bool], Cost] = {}
     # A TPU carries a collective on beside the products that follow it: the one instruction stands again in every fusion that
     # does a part of it, and is counted where it starts.
-    started = lambda c: any("AsyncCollectiveStart" in o.rest for o in c.ops.values())
+    goes_on = lambda name: name.startswith("async_collective_fusion") or any("AsyncCollectiveDone" in o.rest for o in comps[name].ops.values())
 
     def of(name: str, fused: bool) -> Cost:
         if (name, fused) in done:
@@ -360,8 +362,9 @@ def cost(text: str, unknown: int = 1) -> Cost:
             elif op.kind == "fusion" and (inside := op.called("calls")) in comps:
                 under = of(inside, True)
                 flops = under.flops
-                if started(comps[inside]):
-                    out.add(Cost(collectives=dict(under.collectives)))
+                if not goes_on(inside):
+                    scatters = inside.startswith("all-reduce-scatter")  # of which every device keeps its piece
+                    out.add(Cost(collectives={("reduce-scatter" if scatters and k == "all-reduce" else k, g): v for (k, g), v in under.collectives.items()}))
             elif op.kind == "custom-call":
                 target = (re.search(r'custom_call_target="([^"]*)"', op.rest) or [0, "?"])[1]
                 if target in NO_WORK:

@@ -77,9 +77,14 @@ def compiled(p: Program, mesh, chip: Chip | None, keep: Path | None = None) -> C
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         (keep / f"{p.name.replace(' ', '_')}.hlo").write_text(text, encoding="utf-8")
-    cost = hlo.cost(text, p.unknown)
-    out.flops, out.traffic, out.kernels = cost.flops, cost.bytes, dict(cost.kernels)
-    devices = list(mesh.devices.ravel())
+    count(out, text, p.unknown, list(mesh.devices.ravel()), chip)
+    return out
+
+
+def count(out: Compiled, text: str, unknown: int, devices: list, chip: Chip | None) -> None:
+    """Fills in what the text of a program says: FLOPs, traffic, collectives, and their seconds on the chip."""
+    cost = hlo.cost(text, unknown)
+    out.flops, out.traffic, out.kernels, out.collectives = cost.flops, cost.bytes, dict(cost.kernels), {}
     for (kind, group), (n, size) in cost.collectives.items():
         t = 0.0 if chip is None else n * wire_seconds(kind, group, size / n, devices, chip)
         had = out.collectives.get(kind, (0, 0.0, 0.0))
@@ -88,14 +93,24 @@ def compiled(p: Program, mesh, chip: Chip | None, keep: Path | None = None) -> C
     if chip is not None:
         out.arithmetic_seconds, out.memory_seconds = cost.flops / chip.flops, cost.bytes / chip.bandwidth
         out.roofline_seconds = cost.seconds(chip.flops, chip.bandwidth)
-    return out
 
 
 # -- the interconnect -----------------------------------------------------------------------------------------------
 
 
 def members(group: str, n: int) -> list[int]:
-    """Who takes part beside device 0, of `n`: from {{0,1},{2,3}} or [groups,size]<=[dims]T(order)."""
+    """Who takes part beside device 0, of `n`: from {{0,1},{2,3}}, [groups,size]<=[dims]T(order), or mesh['a'=4,'b'=2] {'b'} (of an
+    axis also a part, 'a':(2)2: the second factor of 2 x 2)."""
+    if group.startswith("mesh["):
+        sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", group)}
+        dims, varies = [], []
+        used = {k: (int(a or 1), int(b or sizes[k])) for k, a, b in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", group.split("]", 1)[1])}
+        for k, size in sizes.items():
+            before, mine = used.get(k, (1, 1))
+            dims += [before, mine, size // (before * mine)]
+            varies += [False, k in used, False]
+        ids = np.arange(int(np.prod(dims))).reshape(dims)
+        return [int(x) for x in ids[tuple(slice(None) if v else 0 for v in varies)].ravel()]
     if m := re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", group):
         ints = lambda t: [int(x) for x in t.split(",")]
         shape = ints(m[1])

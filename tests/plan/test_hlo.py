@@ -129,6 +129,42 @@ def test_as_a_tpu_writes_it():
     assert got.flops == 5 * 2 * 8 * 64 * 64
 
 
+FUSED = """HloModule jit_f, is_scheduled=true
+
+%all-reduce-scatter.1 (a: f32[8,64]) -> f32[2,64] {
+  %a = f32[8,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %sum = f32[8,64]{1,0} all-reduce(%a), channel_id=1, replica_groups=mesh['x'=4] {'x'}, to_apply=%add
+  ROOT %mine = f32[2,64]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={2,64}
+}
+
+%begins (a.1: f32[2,64]) -> (f32[2,64], f32[8,64]) {
+  %a.1 = f32[2,64]{1,0} parameter(0)
+  %gathered = f32[8,64]{1,0} all-gather(%a.1), channel_id=2, replica_groups=mesh['x'=4] {'x'}, dimensions={0}
+  ROOT %s = (f32[2,64]{1,0}, f32[8,64]{1,0}) custom-call(%gathered), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (a.2: f32[2,64]) -> f32[8,64] {
+  %a.2 = f32[2,64]{1,0} parameter(0)
+  ROOT %again = f32[8,64]{1,0} all-gather(%a.2), channel_id=2, replica_groups=mesh['x'=4] {'x'}, dimensions={0}
+}
+
+ENTRY %main (x: f32[8,64]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %part = f32[2,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (f32[2,64]{1,0}, f32[8,64]{1,0}) fusion(%part), kind=kCustom, calls=%begins
+  %g = f32[2,64]{1,0} get-tuple-element(%start), index=0
+  ROOT %end = f32[8,64]{1,0} fusion(%g), kind=kCustom, calls=%async_collective_fusion.1
+}
+"""
+
+
+def test_collectives_in_a_tpus_fusions():
+    """A reduction of which each keeps a piece is a reduce-scatter; one gather that runs on beside a product is one gather."""
+    got = hlo.cost(FUSED)
+    assert got.collectives == {("reduce-scatter", "mesh['x'=4] {'x'}"): (1, 2048.0), ("all-gather", "mesh['x'=4] {'x'}"): (1, 2048.0)}
+
+
 @pytest.mark.parametrize("case", [dict(batch=3, m=5, k=7, n=4), dict(batch=1, m=2, k=3, n=2)])
 def test_a_batched_product_written_as_a_dilated_convolution(case):
     """Only the taps that meet a number count: batch x m x k x n multiply-adds, not batch squared."""

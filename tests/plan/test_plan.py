@@ -156,6 +156,11 @@ def test_members_of_a_transposed_group():
     assert roofline.members("[2,4]<=[4,2]T(1,0)", 8) == [0, 2, 4, 6]
     assert roofline.members("[4,2]<=[8]", 8) == [0, 1]
     assert roofline.members("", 3) == [0, 1, 2]
+    # By the names of a mesh's axes, whole or in part: 8 = 4 x 2, of 4 the inner or the outer 2.
+    assert roofline.members("mesh['a'=4,'b'=2] {'b'}", 8) == [0, 1]
+    assert roofline.members("mesh['a'=4,'b'=2] {'a'}", 8) == [0, 2, 4, 6]
+    assert roofline.members("mesh['a'=4,'b'=2] {'a':(2)2}", 8) == [0, 2]
+    assert roofline.members("mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 8) == [0, 1, 4, 5]
 
 
 # -- search ---------------------------------------------------------------------------------------------------------
