@@ -12,10 +12,10 @@ bound, so the ratio says how near the step comes to it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -123,7 +123,9 @@ def measured(a) -> str:
         it = programs.iteration(s)
         p = roofline.plan(size, it, s.world.mesh, chip)
         # The same stage with arrays in the place of shapes, and random ids.
-        mesh, before = s.world.mesh, memory(device)
+        mesh = s.world.mesh
+        forget()
+        before = memory(device)
         s.params = shard.init(s.world.model.specs(), jax.random.key(0), mesh)
         ids = np.random.default_rng(0).integers(4, vocab, (a.batch, a.seq)).astype(np.int32)
         rest = np.ones(ids.shape, np.float32), np.ones_like(ids), np.broadcast_to(np.arange(a.seq, dtype=np.int32), ids.shape)
@@ -136,18 +138,27 @@ def measured(a) -> str:
                 st, metrics = fn(st, {}, batch)
                 float(metrics["loss"])
                 took.append(time.perf_counter() - t)
+                if len(took) == 1:  # it has compiled
+                    forget()
         real = float(np.median(took[2:]))
         q = p.programs[0]
         rows.append((size, f"{a.batch} x {a.seq}", seconds(q.arithmetic_seconds), seconds(q.memory_seconds), seconds(p.seconds), seconds(real), f"{p.seconds / real:.2f}", f"{p.mfu:.0%}", f"{it.model_flops / flops / real:.0%}",
                      f"{p.peak(q) / 2**20:.0f}", f"{(memory(device) - before) / 2**20:.0f}"))  # fmt: skip
-    text = f"{datetime.date.today()}, {device.device_kind} x 1 ({os.cpu_count()} cores), jax {jax.__version__}: a product runs at {flops / 1e9:,.0f} GFLOP/s, a copy at {bandwidth / 1e9:.1f} GB/s. Medians of {a.steps} steps; memory of the process is its growth, with what compiling took."
+    text = f"{datetime.date.today()}, {device.device_kind} x 1 ({os.cpu_count()} cores), jax {jax.__version__}: a product runs at {flops / 1e9:,.0f} GFLOP/s, a copy at {bandwidth / 1e9:.1f} GB/s. Medians of {a.steps} steps; the process's memory is its growth, with what compiling left behind."
     return text + "\n\n" + table(("size", "rows", "arithmetic", "memory", "predicted step", "measured step", "predicted / measured", "MFU at most", "MFU measured", "predicted peak MiB", "measured peak MiB"), rows)
 
 
 def memory(device) -> float:
-    """Bytes at most in use so far: the device's own count, or this process's."""
-    stats = device.memory_stats()
-    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes in use at most since `forget`: the device's own count, or this process's resident set (Linux)."""
+    if stats := device.memory_stats():
+        return stats["peak_bytes_in_use"]
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def forget():
+    """Lets the high-water mark of this process fall to what it holds now."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def main():
