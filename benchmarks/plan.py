@@ -27,7 +27,7 @@ from work import SIZES
 
 ROOT = Path(__file__).parent.parent
 LARGE = {"1b_sft": "v5e:4x4", "8b_dpo": "v5p:4x4x4", "8b_ppo": "v5p:4x4x4", "70b_sft": "v5p:4x8x8"}
-COLUMNS = ("preset", "topology", "mesh", "program", "times", "held", "temporaries", "peak GiB", "of", "TFLOP", "HBM GB", "wire GB", "arithmetic", "HBM", "wire", "at best", "tokens/s", "MFU", "splash", "compile s")
+COLUMNS = ("preset", "topology", "mesh", "program", "times", "held", "temporaries", "peak GiB", "of", "TFLOP", "HBM GB", "wire GB", "arithmetic", "HBM", "wire", "at best", "tokens/s", "MFU", "splash")
 
 
 def table(columns, rows) -> str:
@@ -71,11 +71,11 @@ def lines(preset: str, topology: str, p: dict) -> list[tuple]:
         times = tuple(seconds(q[k]) for k in ("arithmetic_seconds", "memory_seconds", "link_seconds", "seconds"))
         out.append((
             preset, topology, mesh, q["name"], q["times"], f"{held:.1f}", f"{q['temporaries'] / 2**30:.1f}", f"{q['peak'] / 2**30:.1f}", f"{p['chip']['memory'] / 2**30:.1f}", f"{q['flops'] / 1e12:.3g}",
-            f"{q['traffic'] / 1e9:.3g}", f"{wire / 1e9:.3g}", *times, "", "", splash or "-", f"{q['compile_seconds']:.0f}",
+            f"{q['traffic'] / 1e9:.3g}", f"{wire / 1e9:.3g}", *times, "", "", splash or "-",
         ))  # fmt: skip
     worst = max(q["peak"] for q in p["programs"]) / 2**30
     fits = "fits" if p["fits"] else "does not fit"
-    return [*out, (preset, topology, mesh, f"an iteration, {fits}", "", f"{held:.1f}", "", f"{worst:.1f}", f"{p['chip']['memory'] / 2**30:.1f}", "", "", "", "", "", "", *whole, "", "")]
+    return [*out, (preset, topology, mesh, f"an iteration, {fits}", "", f"{held:.1f}", "", f"{worst:.1f}", f"{p['chip']['memory'] / 2**30:.1f}", "", "", "", "", "", "", *whole, "")]
 
 
 # -- where there is a machine ---------------------------------------------------------------------------------------
