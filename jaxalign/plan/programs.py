@@ -211,10 +211,10 @@ def _times(prompts: Prompts, group: int) -> Prompts:
 
 
 def per_device(leaves: Iterable) -> float:
-    """Bytes that each device holds of these arrays, by their shardings."""
+    """Bytes that each device holds of these arrays, by their shardings; what is kept on the host is none of its."""
     total = 0.0
     for x in leaves:
-        if not hasattr(x, "shape"):
+        if not hasattr(x, "shape") or getattr(getattr(x, "sharding", None), "memory_kind", None) == "pinned_host":
             continue
         shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
         size = 4 * 2 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize

@@ -72,6 +72,16 @@ def test_ppo_holds_four_networks(ppo):
     assert it.tokens == c.stage.data.batch_size * c.stage.sampling.max_new
 
 
+def test_bytes_of_a_device():
+    """A quarter of [8,6] in f32, the whole of [5] in bf16, and nothing of what lies on the host."""
+    mesh = shard.make_mesh({"data": 1, "fsdp": 4}, jax.devices()[:4])
+    cut, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*p)) for p in (("fsdp",), ()))
+    of = jax.ShapeDtypeStruct
+    leaves = [of((8, 6), np.float32, sharding=cut), of((5,), jax.numpy.bfloat16, sharding=whole), of((64,), np.float32, sharding=cut.with_memory_kind("pinned_host"))]
+    assert programs.per_device(leaves) == 8 * 6 * 4 / 4 + 5 * 2
+    assert programs.shares({"a": leaves[:1], "b": leaves[:2]}) == {"a": 48.0, "b": 10.0}  # the same array counts once
+
+
 def test_under_adapters_the_reference_is_free(ppo):
     c = ppo[0].copy_and_resolve_references()
     c.stage.adapter.rank, c.stage.rl.value = 2, "head"
