@@ -33,7 +33,7 @@ def main(fv, rest):
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if fv.search:
         found = search.search(config, name, devices, chip, fv.top, say)
-        print("\n".join(search.lines(found)))
+        print("\n".join(search.lines(found, f"stages.{name}" if "stages" in config else "stage")))
         numbers = [{"candidate": str(f.candidate), **f.plan.json()} for f in found if f.plan]
     else:
         c = build.stages(config)[name]

@@ -175,17 +175,17 @@ def search(config: ConfigDict, name: str, devices: list, chip: Chip | None, top:
     return sorted(tried, key=lambda x: (not x.plan.fits, x.plan.seconds if x.plan.fits else x.plan.peak(x.plan.worst)))
 
 
-def lines(found: list[Found]) -> list[str]:
-    """The table that `--search` prints, and what to put into the config."""
+def lines(found: list[Found], section: str = "stage") -> list[str]:
+    """The table that `--search` prints, and what to add to the command. section: where the stage stands in the config."""
     rows = []
     for x in found:
         p = x.plan
         mine = (f"{p.peak(p.worst) / 2**30:.2f}", "yes" if p.fits else "no")
-        times = (f"{p.seconds * 1e3:.0f}", f"{p.tokens / p.seconds:,.0f}", f"{p.mfu:.0%}" if p.mfu else "-") if p.fits else ("-",) * 3
-        rows.append((str(x.candidate), f"{x.memory / 2**30:.1f}", f"{x.seconds * 1e3:.0f}", *mine, *times))
+        times = (f"{p.seconds * 1e3:.3g}", f"{p.tokens / p.seconds:,.0f}", f"{p.mfu:.0%}" if p.mfu else "-") if p.fits else ("-",) * 3
+        rows.append((str(x.candidate), f"{x.memory / 2**30:.2f}", f"{x.seconds * 1e3:.3g}", *mine, *times))
     out = roofline.table(("candidate", "formula GiB", "formula ms", "compiled GiB", "fits", "at best ms", "tokens/s", "MFU"), rows)
     best = next((x for x in found if x.plan.fits), None)
     if best is None:
         return [*out, "", "none of these fits: more chips, a smaller data.batch_size, shorter rows, adapters, or an optimizer with fewer moments"]
     c = best.candidate
-    return [*out, "", f"--config.mesh.data={c.data} --config.mesh.fsdp={c.fsdp} --config.mesh.tensor={c.tensor} --config.model.remat={c.remat} --config.stage.data.accumulate={c.accumulate}"]
+    return [*out, "", f"--config.mesh.data={c.data} --config.mesh.fsdp={c.fsdp} --config.mesh.tensor={c.tensor} --config.model.remat={c.remat} --config.{section}.data.accumulate={c.accumulate}"]
