@@ -122,6 +122,7 @@ def measured(a) -> str:
         it = programs.iteration(s)
         # The same stage with arrays in the place of shapes, and random ids.
         mesh = s.world.mesh
+        roofline.plan(size, it, mesh, None)  # what compiling leaves in the process is there before
         forget()
         before = memory(device)
         s.params = shard.init(s.world.model.specs(), jax.random.key(0), mesh)
@@ -144,7 +145,7 @@ def measured(a) -> str:
         q = p.programs[0]
         rows.append((size, f"{a.batch} x {a.seq}", seconds(q.arithmetic_seconds), seconds(q.memory_seconds), seconds(p.seconds), seconds(real), f"{p.seconds / real:.2f}", f"{p.mfu:.0%}", f"{it.model_flops / flops / real:.0%}",
                      f"{p.peak(q) / 2**20:.0f}", f"{(most - before) / 2**20:.0f}"))  # fmt: skip
-    text = f"{datetime.date.today()}, {device.device_kind} x 1 ({os.cpu_count()} cores), jax {jax.__version__}: a product runs at {flops / 1e9:,.0f} GFLOP/s, a copy at {bandwidth / 1e9:.1f} GB/s. Medians of {a.steps} steps; the process's memory is its growth, with what compiling left behind."
+    text = f"{datetime.date.today()}, {device.device_kind} x 1 ({os.cpu_count()} cores), jax {jax.__version__}: a product runs at {flops / 1e9:,.0f} GFLOP/s, a copy at {bandwidth / 1e9:.1f} GB/s. Medians of {a.steps} steps; the process's memory is its growth while it trains."
     return text + "\n\n" + table(("size", "rows", "arithmetic", "memory", "predicted step", "measured step", "predicted / measured", "MFU at most", "MFU measured", "predicted peak MiB", "measured peak MiB"), rows)
 
 
