@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxalign import shard, tree
+from jaxalign import chips, shard, tree
 from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, adapter, adapts, base, check_finite, family, fields, has_critic, imported, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
@@ -30,9 +30,6 @@ from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, Source, Tree, UserError
 from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
-
-# Dense bf16 FLOP/s of one device, from the makers' data sheets; f32 runs report FLOP/s only.
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -59,11 +56,6 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
     return evaluate
 
 
-def peak_flops() -> float | None:
-    kind = jax.devices()[0].device_kind
-    return next((v * jax.device_count() for k, v in PEAK.items() if k in kind), None)
-
-
 # -- one stage ------------------------------------------------------------------------------------------------------
 
 
@@ -87,6 +79,13 @@ class Stage:
     flops_per_token: float | None = None
     adapted: Tree | None = None  # after `go`, if there are adapters: the params before merging
 
+    def begin(self) -> tuple[state.TrainState, Callable]:
+        """(state at step 0, the jitted step)."""
+        c = self.config
+        st = state.create(self.params, self.tx, self.objective, self.world.config.seed, self.world.mesh, offload=c.optim.offload)
+        of = jax.tree.map(lambda x: x.sharding, st)
+        return st, step.make_step(self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule, shardings=of)
+
     def go(self, profile: str = "") -> Tree:
         """Train to the end; returns the weights that later stages start from, adapters merged. `profile`: see `progress.Trace`."""
         w, c = self.world, self.config
@@ -94,17 +93,13 @@ class Stage:
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
-            st = state.create(self.params, self.tx, self.objective, w.config.seed, w.mesh, offload=c.optim.offload)
-            fn = step.make_step(
-                self.objective, self.tx, accumulate=c.data.accumulate, max_grad_norm=c.optim.max_grad_norm, schedule=self.schedule,
-                shardings=jax.tree.map(lambda x: x.sharding, st),
-            )  # fmt: skip
+            st, fn = self.begin()
             if adapts(c):
                 log.event("memory", **lora.memory(st.params, self.base, self.tx))
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=self.flops_per_token, trace=trace,
-                peak_flops=peak_flops() if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
+                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = state.averaged(st)
@@ -140,6 +135,8 @@ def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None
     """(params, head) of a trunk with the stage's adapters on a frozen, perhaps quantised, base; as given where it asks for none."""
     if not adapts(c):
         return params, head
+    if w.imagined is not None:
+        return w.imagined.adapted(w, c, params, head)
     path = Path(w.find(c.adapter.path)) if c.adapter.path else None
     path = path / "adapter" if path and (path / "adapter").is_dir() else path
     return peft.begin(w.model, params, head, adapter(c), nn.fold(key, "adapter"), quantised=c.adapter.quantise, path=path, mesh=w.mesh, rules=w.rules)
@@ -198,7 +195,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     options = {k: v for k, v in plain(c.objective).items() if k != "name"}
     key = nn.fold(jax.random.key(seed), "init", name)
     trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
-    draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules)
+    draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
     prepare = lambda b: b
 
@@ -230,7 +227,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         elif "reference" in c:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
             reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference", c.frozen_dtype)
-            if c.reference_cache or loop.steps * batch > source.size:  # else no pair is drawn twice
+            if w.imagined is None and (c.reference_cache or loop.steps * batch > source.size):  # else no pair is drawn twice
                 known = state.fingerprint(reference), repr(w.model.config), source.contents
                 source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known)
             else:
@@ -262,8 +259,7 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int) -> float | None:
         return f.training(adapted, unembed=False)
     if "rl" in c:
         named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r]
-        reference = has_critic(OBJECTIVES[kind][0]) or c.objective.beta > 0
-        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=reference)
+        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=c.objective.get("beta", 1) > 0)
     return f.training(adapted) + (f.forward() if "reference" in c else 0.0)
 
 
@@ -283,7 +279,8 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
     learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
     # Not their heads: scores are compared at a finer grain than bf16 has.
-    learned = {r: {**p, "trunk": jax.tree.map(lambda x: x.astype(c.frozen_dtype), p["trunk"])} for r, p in learned.items()}
+    cast = (lambda x: x.astype(c.frozen_dtype)) if w.imagined is None else lambda x: jax.ShapeDtypeStruct(x.shape, c.frozen_dtype, sharding=x.sharding)
+    learned = {r: {**p, "trunk": jax.tree.map(cast, p["trunk"])} for r, p in learned.items()}
     one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
     scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
@@ -302,7 +299,7 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
         mix = None
         if options["ptx_coef"]:
             mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
-        step_of = lambda params, reference, rollout, scores, beta: make(model, value, params, reference, rollout, scores, beta, **shaping)
+        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, value, params, reference, rollout, scores, beta, **shaping)
         how |= dict(kl=KL(rl.beta, rl.target, rl.horizon), mix=mix, kind=Experience)
         objective, params = maker(model, value, **options), {"policy": policy, "value": critic}
     else:
@@ -312,12 +309,17 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
         if c.data.share_prompt and shares_prompt(model, w.mesh):
             parts = rl.minibatches * c.data.accumulate * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
-        step_of = lambda params, reference, rollout, scores, beta: make(model, params, reference, rollout, scores, **shaping)
+        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
         how |= dict(group=rl.group)
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
     return model, objective, online.OnlineSource(prompts, model, scorer, sampler, w.mesh, step_of, **how), params
+
+
+def _call(f: Callable, *args, **kwargs):
+    """What `plan` puts something else in the place of, to see f and its arguments."""
+    return f(*args, **kwargs)
 
 
 def shares_prompt(model, mesh) -> bool:
@@ -341,4 +343,5 @@ def _critic(w: World, name: str, c: ConfigDict, scalar, learned: dict, draw: Cal
         raise UserError(f"{name}: adapter.path is the policy's; a critic of its own (rl.value reward) needs adapter.rank instead")
     # Frozen buffers are never donated, so the critic's base may be the reward model itself; its head trains.
     trunk, head = learned[first]["trunk"], learned[first]["head"]
-    return scalar, {"trunk": adapted(w, c, nn.fold(key, "value"), trunk)[0], "head": jax.tree.map(lambda x: jnp.array(x, jnp.float32), head)}
+    f32 = (lambda x: jnp.array(x, jnp.float32)) if w.imagined is None else lambda x: x  # a copy: the critic trains
+    return scalar, {"trunk": adapted(w, c, nn.fold(key, "value"), trunk)[0], "head": jax.tree.map(f32, head)}

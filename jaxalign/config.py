@@ -6,6 +6,7 @@ file and `build` know ConfigDict.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -146,7 +147,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
             "on_bad_row": "error",
             "max_bad_fraction": 0.01,
             "max_drop": 0.5,
-            **KINDS[kind],
+            **copy.deepcopy(KINDS[kind]),  # a placeholder is a reference: two stages must not share one
         },
         "train": {**fields(run.Loop), "steps": 100},
         "optim": fields(optim.Optim),

@@ -12,6 +12,7 @@ from typing import Callable
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,7 +57,11 @@ def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> Mesh:
     if math.prod(shape) != len(devices):
         raise UserError(f"mesh {dict(zip(AXES, shape))} needs {math.prod(shape)} devices, this program has {len(devices)}; set one axis to -1 to let it fill")
     # make_mesh orders devices by the topology; devices given in hand are kept in their order.
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    auto = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:  # 8 x 8 of a torus of 4 x 4 x 4: one of its axes must be shared by two of ours
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=auto)
 
 
 def partition(spec, mesh: Mesh, rules: dict | None = None) -> P:

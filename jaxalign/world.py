@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -37,6 +37,7 @@ class World:
     template: Template | Jinja
     model: Model
     rollout_mesh: jax.sharding.Mesh | None = None  # of devices that only sample (rl.rollout_devices)
+    imagined: Any = None  # of a plan: an object with `weights` and `source`, which makes shapes of what would be read
 
     def find(self, path: str) -> str:
         """A path or a stage's name, looked for in the run's own directory first."""
@@ -69,7 +70,7 @@ def world(config: ConfigDict, workdir: str | os.PathLike) -> World:
     if getattr(template, "date", None):
         config, template = _dated(config, Path(workdir), template)
     rules = dict(config.rules)
-    model = _model(config.model, tokenizer)
+    model = model_of(config.model, tokenizer)
     start = getattr(model, "start", None)
     if start is not None and encode_prompt("a", tokenizer, template)[-1] != start:
         raise UserError(
@@ -150,7 +151,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
+def model_of(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
     if c.path:
         from jaxalign.models import hf
 
@@ -169,6 +170,8 @@ def _model(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
 
 def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None = "float32") -> Tree:
     """Weights of a stage, a run directory or an HF directory, into their shards. dtype None: as they are saved."""
+    if w.imagined is not None:
+        return w.imagined.weights(w, specs, what, dtype)
     path = w.find(where)
     if os.path.isdir(params := os.path.join(path, "params")):
         saved = tree.flat(checkpoint.structure(params))
@@ -187,6 +190,8 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     """A source over `path` as the data section says."""
     make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "prompts": sources.prompts_source}
     kind = kind or c.kind
+    if w.imagined is not None:
+        return w.imagined.source(w, c, kind, batch)
     if not path:
         raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
     paths = [w.find(p) for p in path.split(",")]

@@ -19,6 +19,7 @@ VERBS = {
     "eval": "held-out metrics of a trained stage, and gold rewards where the world knows them",
     "inspect": "how the data becomes tokens and masks, and how the weights are laid out",
     "validate": "everything but the training: config, tokenizer, template, data and masks; exit 0 or 2",
+    "plan": "memory, FLOPs, collectives and step time of a config on devices that need not be there",
     "convert": "between Hugging Face safetensors and jaxalign weights; adapters in and out",
 }
 

@@ -67,7 +67,7 @@ class OnlineSource:
         kind: type = GroupExperience,
         draft: tuple | None = None,
     ):
-        self.prompts, self.model, self.scorer, self.sampling, self.mesh, self._make, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
+        self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
         self.draft = draft  # a smaller model and its weights, where sampling.draft names one
@@ -126,7 +126,7 @@ class OnlineSource:
         with self.phase("score"):
             scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
         with self.phase("experience"):
-            self.experience, metrics = self._make(params, self.reference, rollout, scores, self.beta)
+            self.experience, metrics = self.experience_of(params, self.reference, rollout, scores, self.beta)
             self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if self.staleness:
             self._metrics["staleness"] = float(self.iteration - entry["born"])
