@@ -163,8 +163,9 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     batch, shards = c.data.batch_size, shard.batch_shards(mesh)
     parts = c.rl.minibatches if "rl" in c else 1
     group = c.rl.get("group", 1) if "rl" in c else 1
-    if min(batch, c.data.accumulate, parts, group) < 1 or batch * group % (parts * c.data.accumulate * shards):
-        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {c.data.accumulate} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.group {group} answers each" if group > 1 else ""))
+    pieces = max(c.data.accumulate, 1)
+    if min(batch, parts, group) < 1 or c.data.accumulate < 0 or batch * group % (parts * pieces * shards):
+        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {pieces} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.group {group} answers each" if group > 1 else ""))
     try:
         if c.get("frozen_dtype", "float32") not in ("float32", "bfloat16"):
             raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
@@ -307,7 +308,7 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
         if rl.epochs * rl.minibatches == 1 and rl.old_logp == "forward" and shaping["importance_cap"] is None:
             shaping["old_logp"] = "current"
         if c.data.share_prompt and shares_prompt(model, w.mesh):
-            parts = rl.minibatches * c.data.accumulate * shard.batch_shards(w.mesh)
+            parts = rl.minibatches * max(c.data.accumulate, 1) * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
         step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
         how |= dict(group=rl.group)

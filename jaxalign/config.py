@@ -141,7 +141,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
             "kind": kind,
             "path": "",  # one file, several with commas, or a pattern
             "batch_size": 8,
-            "accumulate": 1,
+            "accumulate": 0,  # micro-batches of a step; 0: one, and on a CPU as many as its caches like
             "format": config_dict.placeholder(str),  # None: detected row by row
             "text_split": "blank",
             "on_bad_row": "error",

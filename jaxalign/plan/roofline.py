@@ -234,7 +234,7 @@ def reasons(p: Plan, c) -> list[str]:
         advice += ["adapter.rank makes the reference the frozen base, at no cost", "adapter.quantise holds the frozen base in fewer bits"]
     if w.temporaries > 0.3 * room:
         if w.name == "step":
-            advice += ["model.remat=full keeps one activation a layer", f"data.accumulate above {c.data.accumulate} makes micro-batches smaller"]
+            advice += ["model.remat=full keeps one activation a layer", f"data.accumulate above {max(c.data.accumulate, 1)} makes micro-batches smaller"]
         else:
             advice += ["a smaller data.batch_size"] + (["a smaller sampling.max_new, or fewer model.kv_heads, shrink the cache"] if p.cache else [])
         advice += ["shorter rows (data.seq_len, data.max_len)"]

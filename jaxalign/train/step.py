@@ -6,13 +6,14 @@ first. So accumulation, packing, padding and data parallelism all give the same 
 
 from __future__ import annotations
 
+import math
 from typing import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign import tree
+from jaxalign import shard, tree
 from jaxalign.ops import nn
 from jaxalign.train.state import TrainState
 from jaxalign.types import Objective, Tree, UserError
@@ -30,6 +31,21 @@ def mean(total, weight):
 def micro(batch: Tree, n: int) -> Tree:
     """Leaves [B,...] -> [n, B/n, ...]. Micro-batch i takes rows i, i+n, ...: each device keeps its own rows."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), batch)
+
+
+# Tokens of a micro-batch on a CPU: fewer, and matrix products become small; more, and what they leave behind is in no cache.
+CACHED = 1024
+
+
+def suited(batch: Tree) -> int:
+    """Into how many micro-batches a step cuts its batch where nobody says: on a CPU as many as leave each device CACHED tokens
+    at a time, elsewhere one. The gradient is the same; a CPU finds activations in its caches, and holds fewer of them."""
+    if shard.platform() != "cpu":
+        return 1
+    leaves = tree.flat(batch)
+    tokens = sum(x.size for k, x in leaves.items() if k.split("/")[-1] == "tokens") // shard.batch_shards()
+    rows = math.gcd(*(x.shape[0] for x in leaves.values())) // shard.batch_shards()
+    return max((n for n in range(1, rows + 1) if rows % n == 0 and tokens // n >= CACHED), default=1)
 
 
 def gradient(objective: Objective, params, frozen, aux, batch, key, accumulate: int = 1):
@@ -78,7 +94,7 @@ def make_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     *,
-    accumulate: int = 1,
+    accumulate: int = 0,
     max_grad_norm: float | None = 1.0,
     schedule: Callable | None = None,
     shardings: TrainState | None = None,
@@ -86,7 +102,7 @@ def make_step(
     """jitted (state, frozen, batch) -> (state, metrics). The state's buffers are donated.
 
     A step whose loss or gradient norm is not finite changes nothing but the step counter and reports `skipped` = 1.
-    Batches must have a multiple of `accumulate` rows. Raises UserError for accumulation where a loss is not a sum.
+    Batches must have a multiple of `accumulate` rows; 0 takes as many micro-batches as `suited` says. Raises UserError for accumulation where a loss is not a sum.
     """
     if accumulate > 1 and objective.whole_batch:
         raise UserError("this objective is not a sum over examples, so gradient accumulation would change it; set accumulate = 1")
@@ -94,7 +110,8 @@ def make_step(
     def step(state: TrainState, frozen: Tree, batch: Tree):
         state = state.replace(opt_state=_near(state.opt_state, shardings))
         key = nn.fold(state.key, "loss", state.step)
-        loss, metrics, grads = gradient(objective, state.params, frozen, state.aux, batch, key, accumulate)
+        n = accumulate or (1 if objective.whole_batch else suited(batch))
+        loss, metrics, grads = gradient(objective, state.params, frozen, state.aux, batch, key, n)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         if max_grad_norm is not None:

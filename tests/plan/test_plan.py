@@ -205,7 +205,7 @@ def test_search_compiles_until_enough_fit_and_ranks_by_what_was_compiled(monkeyp
     best = found[0].candidate
     assert best.data * best.fsdp * best.tensor == 2
     assert f"--config.mesh.fsdp={best.fsdp}" in search.lines(found)[-1]
-    assert best.put(c, "lm").stage.data.accumulate == best.accumulate and c.stage.data.accumulate == 1  # the config given is left alone
+    assert best.put(c, "lm").stage.data.accumulate == best.accumulate and c.stage.data.accumulate == 0  # the config given is left alone
 
 
 def dataclass_sizes(x):

@@ -296,3 +296,12 @@ def test_frozen_leaves_get_no_gradient_and_are_read():
     grads = jax.jit(lambda p, f: step.gradient(Objective(loss), p, f, (), toy_batch(0), None)[2])({"w": jnp.ones(3)}, {"base": {"fixed": jnp.array([1.0, 2.0, 3.0])}})
     assert list(grads) == ["w"]
     np.testing.assert_array_equal(grads["w"], [1, 2, 3])
+
+
+@pytest.mark.parametrize("rows, length, n", [(8, 256, 2), (16, 256, 4), (6, 1024, 6), (7, 256, 1), (4, 64, 1), (9, 400, 3)])
+def test_a_cpu_takes_micro_batches_that_its_caches_hold(rows, length, n):
+    """The most that divide the rows and leave 1024 tokens each; of a mixed batch, that divide the rows of both."""
+    x = np.zeros((rows, length), np.int32)
+    t = Tokens(x, x, x, x)
+    assert step.suited(t) == n
+    assert step.suited({"a": t, "b": Tokens(*(x[:1],) * 4)}) == 1
