@@ -15,7 +15,7 @@ from jaxalign import tree
 from jaxalign.objectives import lm
 from jaxalign.train import optim, run, state, step
 from jaxalign.train.log import RunLog
-from jaxalign.types import Loss, Objective, Term, UserError
+from jaxalign.types import Loss, Objective, Term, Tokens, UserError
 
 CASES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "grpo", "ppo"]
 
