@@ -6,6 +6,7 @@
 The peers may live in an interpreter of their own (--peer-python):
 
     pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 accelerate datasets
+    pip install google-tunix==0.1.7      # of another interpreter still, Python 3.12 (--tunix-python)
     pip download --no-deps trl==1.10.0 && unzip -d trl110 trl-1.10.0-*.whl      # the last with a PPO trainer; --trl110 trl110
 
 A ratio is the peer's seconds over ours, step by step; above 1, jaxalign is faster. Wall is what you wait; cpu (seconds
@@ -33,10 +34,10 @@ from work import SIZES, TASKS, Work, flops, shapes, units
 HERE = Path(__file__).parent
 # As the command `jaxalign` starts itself (cli.main): not for what it computes, but for how its memory is paged.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-PEERS = {"sft": ("raw", "compile", "trl"), "dpo": ("trl", "precompute"), "reward": ("trl",), "sample": ("generate", "static"), "ppo": ("trl",), "grpo": ("trl",)}
-NAMES = {"raw": "transformers, plain loop", "compile": "transformers + torch.compile", "trl": "TRL", "precompute": "TRL, reference precomputed", "generate": "transformers generate", "static": "generate, static cache"}
+PEERS = {"sft": ("raw", "compile", "trl", "tunix"), "dpo": ("trl", "precompute"), "reward": ("trl",), "sample": ("generate", "static"), "ppo": ("trl",), "grpo": ("trl",)}
+NAMES = {"raw": "transformers, plain loop", "compile": "transformers + torch.compile", "trl": "TRL", "tunix": "Tunix", "precompute": "TRL, reference precomputed", "generate": "transformers generate", "static": "generate, static cache"}
 ALL = [
-    *(("sft", p, "small") for p in ("raw", "compile", "trl")),
+    *(("sft", p, "small") for p in ("raw", "compile", "trl", "tunix")),
     *(("sft", "raw", s) for s in ("tiny", "small4k", "medium")),
     *(("reward", "trl", s) for s in ("small", "tiny")),
     *(("dpo", p, "small") for p in ("trl", "precompute")),
@@ -56,6 +57,8 @@ def environment(a, which: str, w: Work | None = None) -> tuple[list[str], dict[s
         env = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]), **HUGE_PAGES}
         # Both sides share the card.
         return [sys.executable, str(HERE / "ours.py")], env | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if a.gpu else {"JAX_PLATFORMS": "cpu"})
+    if w is not None and w.peer == "tunix":
+        return [a.tunix_python, str(HERE / "peer_tunix.py")], {"JAX_PLATFORMS": "cpu"}
     old = w is not None and w.task == "ppo" and a.trl110
     env = {"PYTHONPATH": str(a.trl110) if old else "", **({} if a.gpu else {"CUDA_VISIBLE_DEVICES": ""}), **(HUGE_PAGES if a.huge_pages_for_both else {})}
     return [a.peer_python, str(HERE / "peers.py")], env
@@ -120,6 +123,8 @@ def about(a) -> str:
     """Versions and hardware, for whoever reads the numbers later."""
     w = Work("sft")
     v = {**json.loads(call(a, "ours", "versions", w)), **json.loads(call(a, "peer", "versions", w))}
+    if a.tunix_python:
+        v |= json.loads(call(a, "peer", "versions", Work("sft", "tunix")))
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     device = v.pop("device")
@@ -143,10 +148,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("task", choices=[*TASKS, "all"])
     p.add_argument("--size", choices=SIZES, help="default: small (0.5b with --gpu); with all: every size of the table")
-    p.add_argument("--peer", help="raw, compile or trl for sft; trl or precompute for dpo; generate or static for sample; default: the first")
+    p.add_argument("--peer", help="raw, compile, trl or tunix for sft; trl or precompute for dpo; generate or static for sample; default: the first")
     p.add_argument("--steps", type=int, default=7, help="measured steps of each side")
     p.add_argument("--warmup", type=int, default=2)
     p.add_argument("--peer-python", default=sys.executable)
+    p.add_argument("--tunix-python", help="an interpreter with google-tunix; without it, no lines of Tunix")
     p.add_argument("--trl110", type=Path, help="directory that holds TRL 1.10, for ppo")
     p.add_argument("--gpu", action="store_true", help="bf16 on the first GPU, larger shapes")
     p.add_argument("--huge-pages-for-both", action="store_true", help="start the peer too as the command jaxalign starts itself, with huge pages from malloc")
@@ -160,7 +166,7 @@ def main():
     a.trl110 = a.trl110 and a.trl110.resolve()
     if a.task == "all":
         todo = [x for x in (ALL_GPU if a.gpu else ALL) if a.size in (None, x[2]) and a.peer in (None, x[1])]
-        todo = [x for x in todo if x[0] != "ppo" or a.trl110]
+        todo = [x for x in todo if (x[0] != "ppo" or a.trl110) and (x[1] != "tunix" or a.tunix_python)]
     else:
         todo = [(a.task, a.peer or PEERS[a.task][0], a.size or ("0.5b" if a.gpu else "small"))]
     rows = []
