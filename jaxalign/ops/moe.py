@@ -48,7 +48,8 @@ def experts(x: jax.Array, weight: jax.Array, expert: jax.Array, params, activati
         order = jnp.argsort(own, stable=True)  # by expert, those of other devices last; entry i of the flat list is token i // k
         sizes = (own[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
         rows = x[order // k]
-        h = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+        gate, up = nn.name((jax.lax.ragged_dot(rows, gate, sizes), jax.lax.ragged_dot(rows, up, sizes)), "mlp")
+        h = activation(gate) * up
         y = jax.lax.ragged_dot(h, down, sizes) * weight.reshape(-1)[order, None]
         out = jnp.zeros_like(x).at[order // k].add(y)
         return pieces.sum(out, "mlp", "expert", scatter=(0, "expert") if shared else None).reshape(shape)
