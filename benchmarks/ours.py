@@ -67,7 +67,7 @@ def trainer(w: Work, objective, params, mesh):
     """(state, step): AdamW as torch has it by default, without decay; the norm of the gradient clipped at 1."""
     tx, schedule = optim.make(optim.Optim(name=w.optimizer, lr=w.lr, schedule="constant", b2=0.999), w.total, params)
     s = state.create(params, tx, objective, 0, mesh)
-    return s, step.make_step(objective, tx, schedule=schedule, shardings=jax.tree.map(lambda x: x.sharding, s))
+    return s, step.make_step(objective, tx, accumulate=0, schedule=schedule, shardings=jax.tree.map(lambda x: x.sharding, s))
 
 
 def train(w: Work, child: Child, objective, params, source, mesh, *, updates: int = 1, show=("loss",)):

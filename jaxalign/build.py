@@ -164,7 +164,7 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     parts = c.rl.minibatches if "rl" in c else 1
     group = c.rl.get("group", 1) if "rl" in c else 1
     pieces = max(c.data.accumulate, 1)
-    if min(batch, parts, group) < 1 or c.data.accumulate < 0 or batch * group % (parts * pieces * shards):
+    if min(batch, parts, group) < 1 or c.data.accumulate < 0 or batch % shards or batch * group % (parts * pieces * shards):
         raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {pieces} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.group {group} answers each" if group > 1 else ""))
     try:
         if c.get("frozen_dtype", "float32") not in ("float32", "bfloat16"):
@@ -248,10 +248,10 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest))
+    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest, source))
 
 
-def _flops(w: World, c: ConfigDict, kind: str, longest: int) -> float | None:
+def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> float | None:
     """Model FLOPs per token that the stage trains on (`train.flops`); None of what has no formula."""
     f, adapted = flops.of(w.model, longest), adapts(c)
     if f is None or kind == "masked_lm":
@@ -261,7 +261,7 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int) -> float | None:
     if "rl" in c:
         named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r]
         return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=c.objective.get("beta", 1) > 0)
-    return f.training(adapted) + (f.forward() if "reference" in c else 0.0)
+    return f.training(adapted) + (f.forward() if isinstance(source, WithReference) else 0.0)
 
 
 def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):
@@ -282,6 +282,8 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
     # Not their heads: scores are compared at a finer grain than bf16 has.
     cast = (lambda x: x.astype(c.frozen_dtype)) if w.imagined is None else lambda x: jax.ShapeDtypeStruct(x.shape, c.frozen_dtype, sharding=x.sharding)
     learned = {r: {**p, "trunk": jax.tree.map(cast, p["trunk"])} for r, p in learned.items()}
+    if w.imagined is not None:
+        w.imagined.judges = list(learned.values())
     one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
     scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)

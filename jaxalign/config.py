@@ -1,7 +1,7 @@
 """What a config may say. Defaults are read off the signatures they belong to, so a field is written down once.
 
 A config has `name`, `seed`, `mesh`, `model`, `tokenizer` and either one `stage` or several `stages` in `order`. Only this
-file and `build` know ConfigDict.
+file, `world`, `build` and `plan` know ConfigDict.
 """
 
 from __future__ import annotations

@@ -106,7 +106,10 @@ def _samplers(config: ConfigDict) -> int:
     """How many devices, the first ones, only sample."""
     if isinstance(config.get("stage"), str) or not {"stage", "stages"} & set(config):
         return 0  # a finished run, opened to be looked at
-    n = max((c.rl.rollout_devices for c in stages(config).values() if "rl" in c), default=0)
+    asked = {c.rl.rollout_devices for c in stages(config).values() if "rl" in c}
+    if len(asked) > 1:
+        raise UserError(f"rl.rollout_devices: the stages ask for {sorted(asked)}, and one mesh serves them all; give each the same")
+    n = max(asked, default=0)
     if n and (jax.process_count() > 1 or not 0 < n < jax.device_count()):
         raise UserError(f"rl.rollout_devices {n}: one process, and more devices than these, are needed; there are {jax.process_count()} processes and {jax.device_count()} devices")
     return n

@@ -29,7 +29,7 @@ case "${1:-}" in
     ;;
   train)
     # The same command on every host; they find one another. In the background, so that a lost connection ends nothing.
-    everywhere "cd $SHARED/jaxalign && JAX_COMPILATION_CACHE_DIR=$SHARED/cache nohup ~/jaxalign-env/bin/jaxalign train --config=configs/sft.py --workdir=$SHARED/runs/sft --distributed --config.stage.data.path=$SHARED/train.jsonl --config.mesh.data=1 --config.mesh.fsdp=-1 --config.model.dtype=bfloat16 --config.model.remat=qkv+attn > /tmp/jaxalign.log 2>&1 & echo \$! > /tmp/jaxalign.pid"
+    everywhere "cd $SHARED/jaxalign || exit 1; JAX_COMPILATION_CACHE_DIR=$SHARED/cache nohup ~/jaxalign-env/bin/jaxalign train --config=configs/sft.py --workdir=$SHARED/runs/sft --distributed --config.stage.data.path=$SHARED/train.jsonl --config.mesh.data=1 --config.mesh.fsdp=-1 --config.model.dtype=bfloat16 --config.model.remat=qkv+attn > /tmp/jaxalign.log 2>&1 & echo \$! > /tmp/jaxalign.pid"
     ;;
   stop) everywhere "kill -TERM \$(cat /tmp/jaxalign.pid)" ;;
   *) sed -n '2,9p' "$0"; exit 2 ;;

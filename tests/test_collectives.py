@@ -28,7 +28,7 @@ def compiled(model, mesh, batch=(B, T)):
     tx, schedule = optim.make(optim.Optim(lr=1e-3), 10, params)
     opt = jax.eval_shape(tx.init, params)
     place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
-    opt = jax.tree.map(place, opt, shard.like(tx, shard.shardings(model.specs(), mesh), opt, mesh))
+    opt = jax.tree.map(place, opt, shard.like(params, opt, mesh))
     whole = lambda x: place(x, shard.replicated(mesh))
     s = state.TrainState(whole(jax.ShapeDtypeStruct((), np.int32)), params, opt, (), whole(jax.eval_shape(lambda: jax.random.key(0))))
     fn = step.make_step(lm.lm(model), tx, schedule=schedule, shardings=jax.tree.map(lambda x: x.sharding, s))

@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,22 @@ def test_jobset_tells_each_pod_who_it_is(monkeypatch):
     monkeypatch.setattr(launch.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError))
     with launch.joined(True):
         assert seen["args"] == (address, 2, 1)
+
+
+def test_stopping_a_pod_stops_the_run_itself(tmp_path):
+    """With stand-ins for gcloud, which runs its command here, and for jaxalign, which says what signal it got."""
+    home, shared = tmp_path / "home", tmp_path / "shared"
+    (home / "jaxalign-env/bin").mkdir(parents=True), (shared / "jaxalign").mkdir(parents=True)
+    stand_ins = {home / "jaxalign-env/bin/jaxalign": f"#!/bin/bash\ntrap 'echo stopped > {tmp_path}/saved; exit 143' TERM\ntouch {tmp_path}/on\nfor i in $(seq 100); do sleep 0.1; done\n"}
+    stand_ins[tmp_path / "gcloud"] = '#!/bin/bash\nfor a in "$@"; do case "$a" in --command=*) bash -c "${a#--command=}";; esac; done\n'
+    for path, text in stand_ins.items():
+        path.write_text(text)
+        path.chmod(0o755)
+    script = (ROOT / "launch/tpu_pod.sh").read_text().replace("SHARED=/mnt/shared", f"SHARED={shared}").replace("/tmp/jaxalign", f"{tmp_path}/jaxalign")
+    (tmp_path / "pod.sh").write_text(script)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(home)}
+    wait = lambda path: next((True for _ in range(100) if path.exists() or time.sleep(0.1)), False)
+    subprocess.run(["bash", tmp_path / "pod.sh", "train"], env=env, check=True, timeout=20, stdout=subprocess.DEVNULL)
+    assert wait(tmp_path / "on")
+    subprocess.run(["bash", tmp_path / "pod.sh", "stop"], env=env, check=True, timeout=20)
+    assert wait(tmp_path / "saved") and (tmp_path / "saved").read_text() == "stopped\n"

@@ -13,7 +13,7 @@ from jaxalign.types import UserError
 
 VERBS = {
     "pipeline": "raw text to aligned models and a report, all stages of one config",
-    "train": "one stage: pretraining, SFT, reward model, DPO, PPO (--stage picks one of several)",
+    "train": "one stage: pretraining, SFT, reward model, DPO, PPO, GRPO (--stage picks one of several)",
     "sample": "continue prompts with a trained model, a Hugging Face directory, either with an adapter",
     "chat": "talk with one of these, in the terminal or through a pipe",
     "eval": "held-out metrics of a trained stage, and gold rewards where the world knows them",

@@ -251,7 +251,7 @@ def pairs_source(
             return SharedPairs(fill_shared(corpus.docs, together, item, tokenizer.pad_id), *rest)
         return Pairs(side(0), side(1), *rest)
 
-    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len, **({"share_prompt": True} if together is not None else {}))
+    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len)  # not how rows are laid out: that is the machine's choice, and pairs stay the same
     return _offline(make, len(margin), corpus, options, batch_size, seed, shuffle, epochs, shard)
 
 

@@ -61,7 +61,7 @@ class Config:
     tied: bool = True  # the unembedding is the embedding
     max_len: int = 2048  # what it was made for: dynamic rope scaling starts there, nothing ends there
     dtype: str = "float32"  # of activations; weights are kept as they are and cast at use
-    scan: bool | None = None  # compile one layer and scan; None: from 16 layers on
+    scan: bool | None = None  # compile one layer and scan; None: from 17 layers on
     remat: str = "none"  # what the backward pass recomputes, see `ops.nn.policy`
 
     def __post_init__(self):

@@ -322,7 +322,7 @@ def for_decoding(params: Tree, cache: Tree) -> Tree:
     """
 
     def turned(w):
-        return {"out_in": w.T} if not isinstance(w, dict) and w.ndim == 2 and w.size >= BIG and jax.default_backend() == "cpu" else w
+        return {"out_in": w.T} if not isinstance(w, dict) and w.ndim == 2 and w.size >= BIG and shard.platform() == "cpu" else w
 
     def walk(path, p):
         if isinstance(p, dict):

@@ -46,6 +46,7 @@ class Imagined:
 
     def __init__(self):
         self.held: list[tuple[str, Tree]] = []
+        self.judges: list[Tree] = []  # learned rewards, as they are held
 
     def weights(self, w: World, specs: Tree, what: str, dtype: str | None = "float32") -> Tree:
         params = shard.abstract(specs, w.mesh, w.rules, dtype or "float32")
@@ -168,17 +169,19 @@ def iteration(s: build.Stage) -> Iteration:
 def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Iteration:
     src, mesh = s.source, s.world.mesh
     model, how = src.model, src.sampling
-    prompts = _times(src.prompts.next(None), src.group)
-    B, T = prompts.tokens.shape[0], prompts.tokens.shape[1] + how.max_new
+    if how.slots or how.draft:
+        raise UserError(f"{s.name}: plan knows sampling of all rows at once, without a draft; set sampling.slots to 0 and sampling.draft to ''")
+    prompts = src.prompts.next(None)
+    B, T = prompts.tokens.shape[0] * src.group, prompts.tokens.shape[1] + how.max_new
     whole, rows = shard.replicated(mesh), shard.batch_sharding(mesh)
     place = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else whole), t)
     key = jax.ShapeDtypeStruct((), state.key.dtype, sharding=whole)
     full = tree.merge(state.params, s.frozen["base"]) if "base" in s.frozen else state.params
-    programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {}, 1, how.max_new - 1)]
+    programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": src.group}, 1, how.max_new - 1)]
     rollout: Rollout = place(programs[0].shapes(mesh))
     mine = {id(x) for x in jax.tree.leaves(full)}
     loaded = [(what, p) for what, p in s.world.imagined.held if not mine & {id(x) for x in jax.tree.leaves(p)}]
-    judges = [p for what, p in loaded if what.endswith("rl.reward")]
+    judges = s.world.imagined.judges
     for i, p in enumerate(judges):
         many = f" {i + 1}" if len(judges) > 1 else ""
         resident[f"reward{many}"] = p
@@ -200,11 +203,6 @@ def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Ite
     model_flops = flops(T) * B * T * (forwards / 3 + src.epochs * (1 + critic) * (2 / 3 if "base" in s.frozen else 1))
     cache = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(B, T))))
     return Iteration(programs, resident, B * how.max_new, "sampled tokens", model_flops, float(cache))
-
-
-def _times(prompts: Prompts, group: int) -> Prompts:
-    more = lambda x: jax.ShapeDtypeStruct((x.shape[0] * group, *x.shape[1:]), x.dtype, sharding=x.sharding)
-    return Prompts(*(more(x) for x in prompts[:4]))
 
 
 # -- bytes of what is held ------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def generate(model: Model, how: Sampling, params: Tree, prompts: Prompts, key, v
         return rollout.generate(model, how, params, prompts, key, version, group=group)
     shards = shard.batch_shards()
     if how.slots % shards:
-        raise UserError(f"sampling.slots {how.slots} must be a multiple of data x fsdp, {shards}")
+        raise UserError(f"sampling.slots {how.slots} must be a multiple of data x fsdp x expert, {shards}")
     if getattr(model, "start", None) is not None or not hasattr(model, "family"):
         raise UserError("sampling.slots: slots are refilled in decoder-only models of jaxalign.models; leave it at 0 for this one")
     prompts = _right(grouped(prompts, group) if group > 1 else prompts)

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxalign import shard
 from jaxalign.ops import nn, sampling
 from jaxalign.ops.logprob import next_logits
 from jaxalign.types import Model, Prompts, Rollout, UserError
@@ -140,13 +141,14 @@ def together(prompts: Prompts, pad: int, out, logp, count, done, version) -> Rol
     prompt_slot = jnp.clip(jnp.where(since < 0, slots + (end + 1 - length)[:, None], 0), 0, P - 1)
     pick = lambda a: jnp.take_along_axis(a, jnp.clip(since, 0, N - 1), 1)
     real = mask | (since < 0)
+    rows = lambda x: shard.constrain(x, "batch", *(None,) * (x.ndim - 1))  # as prompts are cut, also where slots were in between
     return Rollout(
-        tokens=jnp.where(mask, pick(out), jnp.where(since < 0, jnp.take_along_axis(prompts.tokens, prompt_slot, 1), pad)),
-        mask=mask.astype(jnp.float32),
-        segments=real.astype(jnp.int32),
-        positions=jnp.where(real, slots, 0),
-        logp=jnp.where(mask, pick(logp), 0.0),
-        row=prompts.row,
+        tokens=rows(jnp.where(mask, pick(out), jnp.where(since < 0, jnp.take_along_axis(prompts.tokens, prompt_slot, 1), pad))),
+        mask=rows(mask.astype(jnp.float32)),
+        segments=rows(real.astype(jnp.int32)),
+        positions=rows(jnp.where(real, slots, 0)),
+        logp=rows(jnp.where(mask, pick(logp), 0.0)),
+        row=rows(prompts.row),
         version=jnp.asarray(version, jnp.int32),
-        truncated=1.0 - done.astype(jnp.float32),
+        truncated=rows(1.0 - done.astype(jnp.float32)),
     )

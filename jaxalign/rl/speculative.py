@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops import nn, sampling
+from jaxalign.ops import nn, rope, sampling
 from jaxalign.ops.logprob import next_logits
 from jaxalign.rl.rollout import Sampling, grouped, together
 from jaxalign.types import Model, Prompts, Tree, UserError
@@ -31,6 +31,8 @@ def check(model: Model, draft: Model | None) -> None:
     for m in filter(None, (model, draft)):
         if getattr(m, "start", None) is not None or not hasattr(m, "family"):
             raise UserError("sampling.draft: only decoder-only models of jaxalign.models keep a cache that can go back")
+        if dict(getattr(m.config, "rope_scaling", ())).get("rope_type") in rope.BY_LENGTH:
+            raise UserError("sampling.draft: the angles of this model depend on the length of the text, and drafted tokens would count; leave it empty")
 
 
 def generate(model: Model, how: Sampling, params: Tree, prompts: Prompts, key, version=0, *, group: int = 1, draft: Model | None = None, draft_params: Tree | None = None):

@@ -39,7 +39,7 @@ CACHED = 1024
 
 def suited(batch: Tree) -> int:
     """Into how many micro-batches a step cuts its batch where nobody says: on a CPU as many as leave each device CACHED tokens
-    at a time, elsewhere one. The gradient is the same; a CPU finds activations in its caches, and holds fewer of them."""
+    at a time, elsewhere one. The gradient is the same (of a loss that looks at its batch as a whole, as PPO's ratio_threshold does, that of the micro-batches); a CPU finds activations in its caches, and holds fewer of them."""
     if shard.platform() != "cpu":
         return 1
     leaves = tree.flat(batch)
@@ -94,7 +94,7 @@ def make_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     *,
-    accumulate: int = 0,
+    accumulate: int = 1,
     max_grad_norm: float | None = 1.0,
     schedule: Callable | None = None,
     shardings: TrainState | None = None,
