@@ -11,7 +11,7 @@ import pytest
 import runs
 import tiny
 from jaxalign.models import decoder, heads
-from jaxalign.objectives import lm, ppo, preference, reward
+from jaxalign.objectives import grpo, lm, ppo, preference, reward
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.train import step
 from jaxalign.train.log import RunLog
@@ -48,6 +48,8 @@ PROGRAMS = {
     "lm": lambda: gradient(lm.lm(MODEL, smoothing=0.1), MODEL.specs(), rows()),
     "dpo": lambda: gradient(preference.dpo(MODEL), MODEL.specs(), tiny.pairs(R, B // 2, T)),
     "ppo": lambda: gradient(ppo.ppo(MODEL, entropy_coef=0.1), VALUE, tiny.experience(R, B, T)),
+    "dpo, prompts shared": lambda: gradient(preference.dpo(MODEL), MODEL.specs(), tiny.shared_pairs(R, B, T)),
+    "grpo": lambda: gradient(grpo.grpo(MODEL, beta=0.1), {"policy": MODEL.specs()}, tiny.grouped(R, B, T)),
     "reward": lambda: gradient(reward.pairs(SCALAR), SCALAR.specs(), tiny.pairs(R, B // 2, T)),
 }
 
@@ -77,7 +79,7 @@ COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: COMPILED.append(event) if "backend_compile" in event else None)
 
 
-@pytest.mark.parametrize("kind, epoch", [("lm", 6), ("dpo", 5), ("ppo", 8)])
+@pytest.mark.parametrize("kind, epoch", [("lm", 6), ("dpo", 5), ("ppo", 8), ("grpo", 8)])
 def test_nothing_is_compiled_after_the_first_epoch(kind, epoch, tmp_path, monkeypatch):
     """Three epochs of the real loop. `epoch`: its steps, at most (PPO: two batches of 16 of 24 prompts, each in 2 x 2 steps).
     Counted: what XLA compiled, and the entries of the step's own cache (two: the dispatcher's first state has no history)."""

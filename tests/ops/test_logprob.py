@@ -1,11 +1,14 @@
 """Chunked log-probs and cross entropy: against TRL's and transformers' numbers, against plain autodiff in float64."""
 
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxalign import shard
 from jaxalign.ops import logprob as lp
 from jaxalign.ops.nn import Unembed
 
@@ -291,3 +294,28 @@ def test_before_and_targets_by_hand():
     np.testing.assert_array_equal(lp.before(x, segments), [[0, 0, 1, 2, 0, 4, 0, 0]])
     np.testing.assert_array_equal(lp.before(x[..., None], segments)[..., 0], [[0, 0, 1, 2, 0, 4, 0, 0]])
     np.testing.assert_array_equal(lp.targets(np.ones((1, 8), np.float32), segments), [[0, 0, 1, 1, 0, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("form", ["logprob", "token_loss", "linear_ce"])
+def test_a_vocabulary_in_pieces_gives_the_value_and_the_gradients_of_a_whole_one(form):
+    """Two devices to a vocabulary, two to its embedding dimension and the rows, against no mesh at all."""
+    r = np.random.default_rng(3)
+    B, T, D, V = 4, 6, 8, 22
+    x, w, b = (r.normal(size=s).astype(np.float32) for s in ((B, T, D), (V, D), (V,)))
+    tokens, mask = r.integers(0, V, (B, T)), (r.random((B, T)) < 0.7).astype(np.float32)
+    g = r.normal(size=(3, B, T)).astype(np.float32)
+
+    def f(x, w, b):
+        u = Unembed(w, b, softcap=3.0)
+        if form == "logprob":
+            return sum((a * o).sum() for a, o in zip(g, lp.logprob(x, u, tokens, mask, temperature=0.7, chunk=B * V * 2)))
+        if form == "token_loss":
+            return lp.token_loss(x, u, tokens, mask, g[0], lambda logp, entropy, e: e * logp**2 - 0.3 * entropy, entropy=True, chunk=B * V * 2)[0]
+        return lp.linear_ce(x, u, tokens, mask, smoothing=0.1, z_loss=0.01, chunk=B * V * 2).total
+
+    want = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, w, b)
+    mesh = shard.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, devices=jax.devices()[:4])
+    at = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec)))
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(at(x, "fsdp"), at(w, "tensor", "fsdp"), at(b, "tensor"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
