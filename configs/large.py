@@ -23,7 +23,7 @@ PRESETS = {"1b_sft": (1, 1), "8b_dpo": (1, 1), "8b_ppo": (4, 4), "70b_sft": (1, 
 
 def get_config(arg=None):
     arg = build.preset(arg, *PRESETS) or next(iter(PRESETS))
-    c = build.base(arg, vocab=128256, rope_theta=500000.0, max_len=8192, dtype="bfloat16", scan=True, remat="full", **SHAPES[arg.split("_")[0]])
+    c = build.base("large", vocab=128256, rope_theta=500000.0, max_len=8192, dtype="bfloat16", scan=True, remat="full", **SHAPES[arg.split("_")[0]])
     c.mesh.fsdp, (c.mesh.data, c.mesh.tensor) = -1, PRESETS[arg]
     warm = dict(lr=2e-5, warmup=20, schedule="cosine")
     c.stage = {

@@ -29,6 +29,8 @@ def shapes_of(kind, data):
         c.stage.data[lengths[kind][0]] = lengths[kind][1]
     if kind == "reward":
         c.stage.data.max_k = 3
+    if kind == "dpo":
+        c.stage.data.share_prompt = False  # whether it pays depends on prompts that a plan does not know
     return c
 
 
