@@ -60,7 +60,7 @@ def environment(a, which: str, w: Work | None = None) -> tuple[list[str], dict[s
     if w is not None and w.peer == "tunix":
         return [a.tunix_python, str(HERE / "peer_tunix.py")], {"JAX_PLATFORMS": "cpu"}
     old = w is not None and w.task == "ppo" and a.trl110
-    env = {"PYTHONPATH": str(a.trl110) if old else "", **({} if a.gpu else {"CUDA_VISIBLE_DEVICES": ""}), **(HUGE_PAGES if a.huge_pages_for_both else {})}
+    env = {"PYTHONPATH": str(a.trl110) if old else "", **({} if a.gpu else {"CUDA_VISIBLE_DEVICES": ""}), **(HUGE_PAGES if getattr(a, "huge_pages_for_both", False) else {})}
     return [a.peer_python, str(HERE / "peers.py")], env
 
 
@@ -123,7 +123,7 @@ def about(a) -> str:
     """Versions and hardware, for whoever reads the numbers later."""
     w = Work("sft")
     v = {**json.loads(call(a, "ours", "versions", w)), **json.loads(call(a, "peer", "versions", w))}
-    if a.tunix_python:
+    if getattr(a, "tunix_python", None):
         v |= json.loads(call(a, "peer", "versions", Work("sft", "tunix")))
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()

@@ -101,7 +101,7 @@ def test_grpo_has_no_critic_and_many_answers(data):
     s = programs.stage(c, "grpo", c.stage, jax.devices()[:2])
     it = programs.iteration(s)
     assert [p.name for p in it.programs] == ["generate", "score", "experience", "step"]
-    assert it.programs[0].args[3].tokens.shape == (16, 16) and it.tokens == 16 * 8
+    assert it.programs[0].args[3].tokens.shape == (4, 16) and it.programs[0].kwargs["group"] == 4 and it.tokens == 16 * 8
     assert set(programs.shares(it.resident)) == {"params", "optimizer", "reward", "experience"}
     batch = it.programs[-1].args[2]
     assert batch.ref_logp is None and batch.advantages.shape == batch.tokens.shape == (it.resident["experience"].tokens.shape[0] // 2, batch.tokens.shape[1])
