@@ -175,8 +175,6 @@ def test_a_bad_reward_in_the_thread_is_named():
 
 def test_devices_that_only_sample():
     """Four of the eight sample for the other four: the same experience, where it belongs, and the state without them."""
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices")
     train, rollout = shard.make_mesh({}, jax.devices()[4:]), shard.make_mesh({}, jax.devices()[:4])
     place = lambda s: SimpleNamespace(params=jax.device_put(s.params, shard.replicated(train)), key=s.key, step=s.step)  # noqa: E731
     apart, together = (source(DEVICE, mesh=m, staleness=1, rollout_mesh=r, beta=0) for m, r in ((train, rollout), (MESH, None)))
