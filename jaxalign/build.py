@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, adapter, adapts, base, check_finite, family, fields, has_critic, imported, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
 from jaxalign.ops import branches, nn
@@ -192,7 +192,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     c = ConfigDict(c)
     c.init = c.init or w.config.model.path
     kind, seed, batch = c.objective.name, w.config.seed, c.data.batch_size
-    maker, _ = OBJECTIVES.get(kind) or (imported(kind), None)
+    m = method(kind, c.data.kind)
     options = {k: v for k, v in plain(c.objective).items() if k != "name"}
     key = nn.fold(jax.random.key(seed), "init", name)
     trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
@@ -207,7 +207,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         fresh = tree.flat(draw(w.model.specs(), "trunk"))  # a pooler that no masked-LM head has
         trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
     if "rl" in c:
-        model, objective, source, params = _make_online(w, name, c, maker, options, trunk, draw, key, frozen)
+        model, objective, source, params = _make_online(w, name, c, m, options, trunk, draw, key, frozen)
         longest = source.prompts.report()["max_length"] + c.sampling.max_new
     else:
         if kind in REWARDS:
@@ -216,7 +216,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
             params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head"))))
         else:
             model, params = w.model, adapted(w, c, key, trunk if trunk is not None else draw(w.model.specs(), "policy"))[0]
-        objective = maker(model, **options)
+        objective = m.maker(model, **options)
         share = objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh)
         cost = lambda *x: branches.cost(model.config.dim, *x)
         how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {}
@@ -264,13 +264,13 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> 
     return f.training(adapted) + (f.forward() if isinstance(source, WithReference) else 0.0)
 
 
-def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):
-    rl, model = c.rl, w.model
+def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, policy: Tree | None, draw: Callable, key, frozen: dict):
+    rl, model, maker, critic = c.rl, w.model, m.maker, has_critic(m.maker)
     if not c.init:
         raise UserError(f"{name}: {c.objective.name} needs a policy to start from; set init to a stage or a directory")
     policy, _ = adapted(w, c, key, policy)
     reference = None
-    if has_critic(maker) or options.get("beta", 1):  # without a KL penalty nothing asks for one
+    if critic or m.reference and options.get("beta", 1):  # without a KL penalty nothing asks for one
         reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
@@ -292,28 +292,28 @@ def _make_online(w: World, name: str, c: ConfigDict, maker: Callable, options: d
     of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new}
     takes = lambda f: {k: of_sampling[k] for k in OF_SAMPLING if k in fields(f)}
     maker, options = functools.partial(maker, **takes(maker)), {k: v for k, v in options.items() if k not in OF_SAMPLING}
-    make = experience.make_experience if has_critic(maker) else experience.group_experience
+    make = experience.make_experience if critic else m.experience
     shaping = {**plain(ConfigDict({k: rl[k] for k in fields(make) if k in rl})), **takes(make)}
-    if rl.staleness and shaping["importance_cap"] is None:
+    if rl.staleness and shaping.get("importance_cap", 0) is None:
         shaping["importance_cap"] = 2.0  # what an older policy sampled is not trained on as if it were its own
     how = dict(reference=reference, epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
-    if has_critic(maker):
-        value, critic = _critic(w, name, c, scalar, learned, draw, key)
+    if critic:
+        value, head = _critic(w, name, c, scalar, learned, draw, key)
         mix = None
         if options["ptx_coef"]:
             mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
         step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, value, params, reference, rollout, scores, beta, **shaping)
         how |= dict(kl=KL(rl.beta, rl.target, rl.horizon), mix=mix, kind=Experience)
-        objective, params = maker(model, value, **options), {"policy": policy, "value": critic}
+        objective, params = maker(model, value, **options), {"policy": policy, "value": head}
     else:
         shaping["group"] = rl.group
-        if rl.epochs * rl.minibatches == 1 and rl.old_logp == "forward" and shaping["importance_cap"] is None:
+        if rl.epochs * rl.minibatches == 1 and shaping.get("old_logp") == "forward" and shaping["importance_cap"] is None:
             shaping["old_logp"] = "current"
-        if c.data.share_prompt and shares_prompt(model, w.mesh):
+        if c.data.get("share_prompt") and shares_prompt(model, w.mesh):
             parts = rl.minibatches * max(c.data.accumulate, 1) * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
         step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
-        how |= dict(group=rl.group)
+        how |= dict(group=rl.group, kind=m.batch, rival=m.rival)
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)

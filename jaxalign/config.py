@@ -14,7 +14,7 @@ import inspect
 import math
 import types
 import typing
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
@@ -25,22 +25,35 @@ from jaxalign.rl import experience
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import optim, run
-from jaxalign.types import Objective, UserError
+from jaxalign.types import GroupExperience, Objective, UserError
 
-# name -> (maker, what its batches are). A config may name any other maker by import path, "package.module:function".
-OBJECTIVES: dict[str, tuple[Callable[..., Objective], str]] = {
-    "lm": (lm.lm, "tokens"),
-    "masked_lm": (lm.masked, "tokens"),
-    "reward": (reward.rankings, "rankings"),
-    "reward_pairs": (reward.pairs, "pairs"),
-    "dpo": (preference.dpo, "pairs"),
-    "cdpo": (preference.cdpo, "pairs"),
-    "ipo": (preference.ipo, "pairs"),
-    "hinge": (preference.hinge, "pairs"),
-    "ppo": (ppo.ppo, "prompts"),
-    "grpo": (grpo.grpo, "prompts"),
-    "token_grpo": (grpo.token_grpo, "prompts"),
-    "dr_grpo": (grpo.dr_grpo, "prompts"),
+class Method(NamedTuple):
+    """What a config's objective name stands for."""
+
+    maker: Callable[..., Objective]
+    kind: str  # of its data, a key of KINDS
+    reference: bool = True  # of pairs, labels and prompts: its loss compares with a reference model (where beta is not 0)
+    # Of prompts, where there is no critic: what is made of rollouts, into which batches, from how many answers to a prompt.
+    experience: Callable = experience.group_experience
+    batch: type = GroupExperience
+    group: int = 8
+    rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`)
+
+
+# A config may name any other maker by import path, "package.module:function".
+OBJECTIVES: dict[str, Method] = {
+    "lm": Method(lm.lm, "tokens"),
+    "masked_lm": Method(lm.masked, "tokens"),
+    "reward": Method(reward.rankings, "rankings"),
+    "reward_pairs": Method(reward.pairs, "pairs"),
+    "dpo": Method(preference.dpo, "pairs"),
+    "cdpo": Method(preference.cdpo, "pairs"),
+    "ipo": Method(preference.ipo, "pairs"),
+    "hinge": Method(preference.hinge, "pairs"),
+    "ppo": Method(ppo.ppo, "prompts"),
+    "grpo": Method(grpo.grpo, "prompts"),
+    "token_grpo": Method(grpo.token_grpo, "prompts"),
+    "dr_grpo": Method(grpo.dr_grpo, "prompts"),
 }
 FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
 OF_SAMPLING = ("temperature", "max_new")  # what an objective or an experience takes from the sampling section
@@ -131,7 +144,8 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     `init` names where the weights come from: another stage, a run directory or an HF directory; "" is model.path if the
     config has one, else they are drawn.
     """
-    maker, kind = OBJECTIVES[objective] if objective in OBJECTIVES else (imported(objective), sections.get("data", {}).get("kind", "tokens"))
+    m = method(objective, sections.get("data", {}).get("kind", "tokens"))
+    maker, kind, critic = m.maker, m.kind, has_critic(m.maker)
     if kind not in KINDS:
         raise UserError(f"data.kind {kind!r} is unknown; it is one of {', '.join(KINDS)}")
     c = {
@@ -153,17 +167,16 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         "optim": fields(optim.Optim),
         "adapter": dict(ADAPTER),
     }
-    if kind == "pairs" and objective not in REWARDS or kind == "prompts" and not has_critic(maker):
+    if kind == "pairs" and objective not in REWARDS or kind == "prompts" and not critic and m.experience is experience.group_experience:
         c["data"]["share_prompt"] = True  # what answers one prompt stands with it in one row, where that is exact and costs less
     if objective in REWARDS:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
-    elif kind == "pairs":
+    elif kind == "pairs" and m.reference:
         c["reference"] = ""  # "": the stage's own init
         c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
     if kind in ("pairs", "prompts") and objective not in REWARDS:
         c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
-        critic = has_critic(maker)
         c["rl"] = {
             # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
             # with commas, are an ensemble.
@@ -184,7 +197,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
                 "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
             }
         else:
-            c["rl"] |= {"group": 8, **fields(experience.group_experience, skip=(*OF_SAMPLING, "group", "answers_per_row"))}
+            c["rl"] |= {"group": m.group, **fields(m.experience, skip=(*OF_SAMPLING, "group", "answers_per_row"))}
         c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
     c = ConfigDict(c).lock()
     _known(c, sections, "stage")
@@ -196,8 +209,13 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     return c
 
 
+def method(name: str, kind: str = "tokens") -> Method:
+    """What an objective's name, or the import path of a maker, stands for; `kind` says what the latter's data is."""
+    return OBJECTIVES[name] if name in OBJECTIVES else Method(imported(name), kind)
+
+
 def has_critic(maker: Callable) -> bool:
-    """Whether an objective's maker takes a value network, as PPO's does: else its batches are `GroupExperience`."""
+    """Whether an objective's maker takes a value network, as PPO's does: else its batches are what `Method.experience` makes."""
     return "value" in inspect.signature(maker).parameters
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import typing
 from typing import Any, Callable
 
 import jax
@@ -31,6 +32,30 @@ def repeated(prompts: Prompts, group: int) -> Prompts:
     return Prompts(tokens, segments, positions, row, tuple(r for r in prompts.records for _ in range(group)))
 
 
+@functools.partial(jax.jit, static_argnames="group")
+def interleaved(rollout: Rollout, other: Rollout, *, group: int) -> Rollout:
+    """`group` rows of the one, then one of the other, for each prompt."""
+
+    def rows(a, b):
+        if not a.ndim:
+            return a
+        whole = jnp.concatenate([a.reshape(-1, group, *a.shape[1:]), b[:, None]], 1)
+        return shard.constrain(whole.reshape(-1, *a.shape[1:]), "batch", *(None,) * (a.ndim - 1))
+
+    return jax.tree.map(rows, rollout, other)
+
+
+def as_dict(batch: Any) -> Any:
+    """Nested NamedTuples as nested dicts, without what is None: for a checkpoint."""
+    return {k: as_dict(x) for k, x in batch._asdict().items() if x is not None} if hasattr(batch, "_asdict") else batch
+
+
+def from_dict(kind: type, d: dict) -> Any:
+    """What `as_dict` was made of."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{k: from_dict(hints[k], x) if isinstance(x, dict) else x for k, x in d.items()})
+
+
 class OnlineSource:
     """`experience(params, reference, rollout, scores, beta) -> (experience, metrics)` makes of a rollout what the objective reads
     (`rl.experience`): a `kind` of NamedTuple, whose rows are cut into minibatches.
@@ -38,6 +63,12 @@ class OnlineSource:
     staleness S: iteration i trains on what was sampled with the params of iteration i - S (of the first, in the first S), so
     that S rollouts are always under way. A host-side scorer then works in a thread while the step runs. On devices of its own
     (`rollout_mesh`) sampling overlaps with training too: the policy is copied there once an iteration.
+
+    rival(model, sampling, policy, reference, prompts, key, version) -> Rollout: one more answer to each prompt, by somebody else
+    (the greedy policy, the reference). It is scored with the others and stands last in its group, which then has G + 1 rows.
+
+    play(params, prompts, key, version) -> (Rollout, scores f32[B] or, for each token, f32[B,T]): in place of sampling and scoring,
+    for those who take turns with something (an environment).
 
     Its state is the prompt source's position, the rollouts under way with their scores, how much of the experience in flight
     is used, that experience itself and the KL coefficient: a run killed in the middle of an epoch goes on with the very same
@@ -66,10 +97,13 @@ class OnlineSource:
         rollout_mesh=None,
         kind: type = GroupExperience,
         draft: tuple | None = None,
+        rival: Callable | None = None,
+        play: Callable | None = None,
     ):
         self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
+        self.rival, self.play = rival, play
         self.draft = draft  # a smaller model and its weights, where sampling.draft names one
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
@@ -98,8 +132,17 @@ class OnlineSource:
         batch = self.prompts.next(state)
         key = nn.fold(state.key, "rollout", self.iteration + len(self._queue))
         with self.phase("rollout"):
-            rollout = self._done(self._sample(params["policy"], batch._replace(records=()), key, state.step))
-        batch = repeated(batch, self.group)
+            if self.play is not None:
+                rollout, scores = self._done(self.play(params, repeated(batch, self.group), key, state.step))
+                self._queue.append({"born": self.iteration, "rollout": rollout, "scores": scores})
+                return
+            bare = batch._replace(records=())
+            rollout = self._sample(params["policy"], bare, key, state.step)
+            if self.rival is not None:
+                other = self.rival(self.model, self.sampling, params["policy"], self.reference, shard.place(bare, self.mesh), nn.fold(key, "rival"), state.step)
+                rollout = interleaved(rollout, other, group=self.group)
+            rollout = self._done(rollout)
+        batch = repeated(batch, self.group + (self.rival is not None))
         entry = {"born": self.iteration, "rollout": rollout}
         where = getattr(self.scorer, "where", "")
         if self.staleness and where == "host":
@@ -148,7 +191,7 @@ class OnlineSource:
         self.used += 1
         batch = self.experience
         if self.minibatches > 1:
-            rows = batch.tokens.shape[0]
+            rows = jax.tree.leaves(batch)[0].shape[0]
             order = np.random.default_rng([self.seed, self.iteration, epoch]).permutation(rows)
             batch = self._take(batch, order.reshape(self.minibatches, -1)[part])
         return batch if self.mix is None else {"ppo": batch, "ptx": shard.place(self.mix.next(state), self.mesh)}
@@ -167,7 +210,7 @@ class OnlineSource:
             d["mix"] = self.mix.state_dict()
         arrays: dict[str, Any] = {}
         if self.experience is not None and self.used < self.epochs * self.minibatches:
-            arrays["experience"] = {k: x for k, x in self.experience._asdict().items() if x is not None}
+            arrays["experience"] = as_dict(self.experience)
         if self._queue:
             d["born"] = [e["born"] for e in self._queue]
             for i, e in enumerate(self._queue):
@@ -181,7 +224,7 @@ class OnlineSource:
             self.mix.load_state_dict(d["mix"])
         self.iteration, self.used, self.beta = d["iteration"], d["used"], d["beta"]
         arrays = d.get("arrays") or {}
-        self.experience = self.kind(**arrays["experience"]) if "experience" in arrays else None
+        self.experience = from_dict(self.kind, arrays["experience"]) if "experience" in arrays else None
         self._queue = []
         for i, born in enumerate(d.get("born", ())):
             fields = dict(arrays[f"rollout_{i}"])
