@@ -19,11 +19,12 @@ from jaxalign import chips, shard, tree
 from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
+from jaxalign.objectives.preference import pair_logps
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
 from jaxalign.rl import experience, online, rewards
 from jaxalign.rl.control import KL
-from jaxalign.rl.reference import Precomputed, WithReference
+from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
@@ -228,14 +229,13 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         elif "reference" in c:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
             reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference", c.frozen_dtype)
-            if w.imagined is None and (c.reference_cache or loop.steps * batch > source.size):  # else no pair is drawn twice
-                known = state.fingerprint(reference), repr(w.model.config), source.contents
-                source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known)
+            summed = objective.reference or pair_logps
+            if w.imagined is None and (c.reference_cache or loop.steps * batch > source.size):  # else no item is drawn twice
+                known = state.fingerprint(reference), repr(w.model.config), source.contents, *((repr(sorted(options.items())),) if objective.reference else ())
+                source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known, summed)
             else:
-                source = WithReference(source, w.model, reference, w.mesh)
-            from jaxalign.rl.reference import add_reference
-
-            prepare = lambda b: add_reference(w.model, reference, b)
+                source = WithReference(source, w.model, reference, w.mesh, summed)
+            prepare = lambda b: add_reference(w.model, reference, b, summed)
     evaluate = None
     if c.data.get("eval_path") and "rl" not in c:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how)

@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import grpo, lm, ppo, preference, reward
+from jaxalign.objectives import dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
 from jaxalign.ops import quant
 from jaxalign.rl import experience
 from jaxalign.rl.control import KL
@@ -50,6 +50,38 @@ OBJECTIVES: dict[str, Method] = {
     "cdpo": Method(preference.cdpo, "pairs"),
     "ipo": Method(preference.ipo, "pairs"),
     "hinge": Method(preference.hinge, "pairs"),
+    "robust": Method(preference.robust, "pairs"),
+    "ipo_sum": Method(preference.ipo_sum, "pairs"),
+    "dpo_norm": Method(preference.dpo_norm, "pairs"),
+    "r_dpo": Method(preference.r_dpo, "pairs"),
+    "exo": Method(preference.exo, "pairs"),
+    "nca": Method(preference.nca, "pairs"),
+    "sppo": Method(preference.sppo, "pairs"),
+    "apo_zero": Method(preference.apo_zero, "pairs"),
+    "apo_down": Method(preference.apo_down, "pairs"),
+    "discopop": Method(preference.discopop, "pairs"),
+    "f_dpo": Method(preference.f_dpo, "pairs"),
+    "aot": Method(dpo_variants.aot, "pairs"),
+    "aot_unpaired": Method(dpo_variants.aot_unpaired, "pairs"),
+    "bco_pair": Method(dpo_variants.bco_pair, "pairs"),
+    "mpo": Method(dpo_variants.mpo, "pairs"),
+    "rpo": Method(dpo_variants.rpo, "pairs"),
+    "wpo": Method(dpo_variants.wpo, "pairs"),
+    "ld_dpo": Method(dpo_variants.ld_dpo, "pairs"),
+    "tr_dpo": Method(dpo_variants.tr_dpo, "pairs", reference=False),  # its own moves with the policy
+    "dpo_free": Method(preference.dpo, "pairs", reference=False),
+    "orpo": Method(odds.orpo, "pairs", reference=False),
+    "cpo": Method(odds.cpo, "pairs", reference=False),
+    "cpo_hinge": Method(odds.cpo_hinge, "pairs", reference=False),
+    "cpo_ipo": Method(odds.cpo_ipo, "pairs", reference=False),
+    "simpo": Method(odds.simpo, "pairs", reference=False),
+    "alphapo": Method(odds.alphapo, "pairs", reference=False),
+    "slic": Method(odds.slic, "pairs", reference=False),
+    "kto": Method(kto.kto, "labelled"),
+    "bco": Method(kto.bco, "labelled"),
+    "apo_zero_unpaired": Method(kto.apo_zero_unpaired, "labelled"),
+    "pl_dpo": Method(ranked.pl_dpo, "rankings"),
+    "rrhf": Method(ranked.rrhf, "rankings", reference=False),
     "ppo": Method(ppo.ppo, "prompts"),
     "grpo": Method(grpo.grpo, "prompts"),
     "token_grpo": Method(grpo.token_grpo, "prompts"),
@@ -172,10 +204,10 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         c["data"]["share_prompt"] = True  # what answers one prompt stands with it in one row, where that is exact and costs less
     if objective in REWARDS:
         c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
-    elif kind == "pairs" and m.reference:
+    elif kind in ("pairs", "labelled", "rankings") and m.reference:
         c["reference"] = ""  # "": the stage's own init
         c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
-    if kind in ("pairs", "prompts") and objective not in REWARDS:
+    if kind in ("pairs", "labelled", "rankings", "prompts") and objective not in REWARDS:
         c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         c["rl"] = {

@@ -158,6 +158,7 @@ class Objective:
     whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
     shared: bool = False  # reads `SharedPairs` as well as `Pairs`
     mismatched: bool = False  # reads `Labelled.mismatched`
+    reference: Callable | None = None  # (model, params, batch) -> (chosen, rejected, ...): a reference's log-probs of pairs, where they are not plain sums
 
 
 # -- models and sources ---------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def write_data(directory: Path) -> None:
         "rankings": [{"prompt": say(1) + ":", "completions": [f" {say(2)} {k}" for k in range(3)], "ranks": [0, 1, 1]} for _ in range(24)],
         "pairs": [{"prompt": say(1) + ":", "chosen": f" {say(1)} yes", "rejected": f" {say(1)} no"} for _ in range(40)],
         "prompts": [{"prompt": say(1) + ":"} for _ in range(24)],
+        "labelled": [{"prompt": say(1) + ":", "completion": f" {say(1)} {'no yes'.split()[i % 2]}", "label": i % 2 == 1} for i in range(40)],
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():

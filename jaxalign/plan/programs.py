@@ -151,7 +151,7 @@ def iteration(s: build.Stage) -> Iteration:
     """Of a stage of shapes. Raises UserError for an online source that this file does not know."""
     model = s.world.model
     state, step = s.begin()
-    resident = {"params": state.params, "optimizer": state.opt_state, "frozen": s.frozen}
+    resident = {"params": state.params, "optimizer": state.opt_state, "frozen": s.frozen, "aux": state.aux}
     flops = getattr(model, "flops_per_token", lambda length: 0.0)
     if isinstance(s.source, OnlineSource):
         return _online(s, state, step, resident, flops)
@@ -159,7 +159,7 @@ def iteration(s: build.Stage) -> Iteration:
     if isinstance(s.source, reference.WithReference):
         batch = s.source.source.next(None)
         resident["reference"] = s.source.params
-        programs.append(Program("reference", reference.add_reference, (model, s.source.params, batch), {}, 1))
+        programs.append(Program("reference", reference.add_reference, (model, s.source.params, batch, s.source.of_pairs), {}, 1))
     if batch is None:
         raise UserError(f"{s.name}: plan does not know the programs of {type(s.source).__name__}")
     programs.append(Program("step", step, (state, s.frozen, batch), {}, 1))
