@@ -40,6 +40,7 @@ def _where(what: str, scorer: Callable) -> Callable:
 COMBINE: dict[str, Callable] = {
     "mean": lambda s, uncertainty: s.mean(0),
     "min": lambda s, uncertainty: s.min(0),
+    "apart": lambda s, uncertainty: s.T,  # f32[B,M]: rewards that are no ensemble, for advantages of several (`rl.experience.group_experience`)
     "mean_less_variance": lambda s, uncertainty: s.mean(0) - uncertainty * s.var(0),
 }
 
