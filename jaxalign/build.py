@@ -19,11 +19,13 @@ from jaxalign import chips, shard, tree
 from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
+from jaxalign.objectives import ppo
 from jaxalign.objectives.preference import pair_logps
 from jaxalign.ops import branches, nn
-from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
-from jaxalign.rl import experience, online, rewards
-from jaxalign.rl.control import KL
+from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
+from jaxalign.ops.masked import WHITEN
+from jaxalign.rl import experience, online, reinforce, rewards
+from jaxalign.rl.control import KL, SCORE_SCALES, ScoreScale
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, flops, optim, run, state, step
@@ -176,9 +178,11 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
                 raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
             if c.rl.rollout_devices and batch * group % c.rl.rollout_devices:
                 raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {batch * group} answers of a rollout")
-            if "group" in c.rl and c.rl.group < 2:
+            if "group" in c.rl and c.rl.group < min(2, method(c.objective.name, c.data.kind).group):
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
-            for k, known in {"kl_estimator": KL_ESTIMATORS, "scale_rewards": GROUP_ADVANTAGES, "old_logp": experience.OLD_LOGP[:2]}.items():
+            names = {"kl_estimator": KL_ESTIMATORS, "scale_rewards": {**GROUP_ADVANTAGES, **SEVERAL}, "old_logp": experience.OLD_LOGP[:2]}
+            names |= {"importance_form": experience.IMPORTANCE, "whiten_form": WHITEN, "scale_score": SCORE_SCALES, "baseline": reinforce.BASELINES}
+            for k, known in names.items():
                 if k in c.rl and c.rl[k] not in known:
                     raise UserError(f"rl.{k} {c.rl[k]!r} is unknown;{nearest(str(c.rl[k]), list(known))}")
         adapter(c)
@@ -270,7 +274,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: {c.objective.name} needs a policy to start from; set init to a stage or a directory")
     policy, _ = adapted(w, c, key, policy)
     reference = None
-    if critic or m.reference and options.get("beta", 1):  # without a KL penalty nothing asks for one
+    penalties = [d["beta"] for d in (options, rl) if "beta" in d]  # in the loss, off the reward
+    if critic or m.reference and (any(penalties) or not penalties):  # without a KL penalty nothing asks for one
         reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
@@ -278,6 +283,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if rl.combine not in rewards.COMBINE:
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
+    if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.get("reward_weights"):
+        raise UserError(f"{name}: rl.combine apart keeps rewards apart; say how they add up, by rl.reward_weights or rl.scale_rewards {', '.join(SEVERAL)}")
     learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
     # Not their heads: scores are compared at a finer grain than bf16 has.
     cast = (lambda x: x.astype(c.frozen_dtype)) if w.imagined is None else lambda x: jax.ShapeDtypeStruct(x.shape, c.frozen_dtype, sharding=x.sharding)
@@ -300,10 +307,15 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if critic:
         value, head = _critic(w, name, c, scalar, learned, draw, key)
         mix = None
-        if options["ptx_coef"]:
+        if options.get("ptx_coef"):
             mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
-        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, value, params, reference, rollout, scores, beta, **shaping)
-        how |= dict(kl=KL(rl.beta, rl.target, rl.horizon), mix=mix, kind=Experience)
+        step_of = lambda params, reference, rollout, scores, beta, *scale, call=_call: call(make, model, value, params, reference, rollout, scores, beta, *scale, **shaping)
+        how |= dict(kl=KL(rl.beta, rl.target, rl.horizon, rl.controller), mix=mix, kind=Experience)
+        if rl.scale_score != "none":
+            adjust = {"missing_eos_penalty": rl.missing_eos_penalty, "missing_eos_value": rl.missing_eos_value, "clip": rl.clip_score}
+            how["score_scale"] = ScoreScale(rl.scale_score, functools.partial(rewards.adjust, **adjust))
+        if options.get("target_kl"):
+            how["stop"] = functools.partial(ppo.went_too_far, options["target_kl"])
         objective, params = maker(model, value, **options), {"policy": policy, "value": head}
     else:
         shaping["group"] = rl.group
@@ -313,7 +325,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
             parts = rl.minibatches * max(c.data.accumulate, 1) * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
         step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
-        how |= dict(group=rl.group, kind=m.batch, rival=m.rival)
+        how |= dict(group=rl.group, kind=m.batch, rival=m.rival, rounds=rl.dynamic_rounds)
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)

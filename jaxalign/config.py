@@ -19,9 +19,9 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
+from jaxalign.objectives import a2c, answers, dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
 from jaxalign.ops import quant
-from jaxalign.rl import experience
+from jaxalign.rl import experience, reinforce
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import optim, run
@@ -38,6 +38,7 @@ class Method(NamedTuple):
     batch: type = GroupExperience
     group: int = 8
     rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`)
+    rl: dict = {}  # defaults of its rl section that are not those of `experience`
 
 
 # A config may name any other maker by import path, "package.module:function".
@@ -85,7 +86,17 @@ OBJECTIVES: dict[str, Method] = {
     "ppo": Method(ppo.ppo, "prompts"),
     "grpo": Method(grpo.grpo, "prompts"),
     "token_grpo": Method(grpo.token_grpo, "prompts"),
-    "dr_grpo": Method(grpo.dr_grpo, "prompts"),
+    "dr_grpo": Method(grpo.dr_grpo, "prompts", rl={"scale_rewards": "none"}),
+    "dapo": Method(grpo.dapo, "prompts", group=16, rl={"mask_truncated": True, "dynamic_rounds": 10}),
+    "cispo": Method(grpo.cispo, "prompts"),
+    "gspo": Method(answers.gspo, "prompts"),
+    "gspo_token": Method(answers.gspo_token, "prompts"),
+    "gmpo": Method(answers.gmpo, "prompts"),
+    "rloo": Method(answers.rloo, "prompts", group=4, rl={"scale_rewards": "rloo", "beta": 0.05}),
+    "reinforce_pp": Method(grpo.reinforce_pp, "prompts", experience=reinforce.reinforce_experience, group=1),
+    "reinforce_pp_baseline": Method(grpo.reinforce_pp, "prompts", experience=reinforce.reinforce_experience, rl={"baseline": "group"}),
+    "remax": Method(grpo.remax, "prompts", experience=reinforce.remax_experience, group=1, rival=reinforce.greedy),
+    "a2c": Method(a2c.a2c, "prompts", rl={"epochs": 1, "whiten_advantages": False}),
 }
 FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
 OF_SAMPLING = ("temperature", "max_new")  # what an objective or an experience takes from the sampling section
@@ -226,11 +237,14 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
             c["rl"] |= {
                 "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
                 **fields(KL),
+                "scale_score": "none",  # what scores are divided by: none | running | first (`rl.control.ScoreScale`)
                 **fields(experience.make_experience, skip=OF_SAMPLING),
                 "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
             }
         else:
-            c["rl"] |= {"group": m.group, **fields(m.experience, skip=(*OF_SAMPLING, "group", "answers_per_row"))}
+            # dynamic_rounds: throw groups of equal rewards away and draw more prompts, so many times at most; 0: train on all
+            c["rl"] |= {"group": m.group, "dynamic_rounds": 0, **fields(m.experience, skip=(*OF_SAMPLING, "group", "answers_per_row"))}
+        c["rl"] |= m.rl
         c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
     c = ConfigDict(c).lock()
     _known(c, sections, "stage")

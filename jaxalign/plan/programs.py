@@ -175,12 +175,13 @@ def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Ite
     if how.slots or how.draft:
         raise UserError(f"{s.name}: plan knows sampling of all rows at once, without a draft; set sampling.slots to 0 and sampling.draft to ''")
     prompts = src.prompts.next(None)
-    B, T = prompts.tokens.shape[0] * src.group, prompts.tokens.shape[1] + how.max_new
+    group = src.group + (src.rival is not None)  # the rival's answer costs what another does
+    B, T = prompts.tokens.shape[0] * group, prompts.tokens.shape[1] + how.max_new
     whole, rows = shard.replicated(mesh), shard.batch_sharding(mesh)
     place = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else whole), t)
     key = jax.ShapeDtypeStruct((), state.key.dtype, sharding=whole)
     full = tree.merge(state.params, s.frozen["base"]) if "base" in s.frozen else state.params
-    programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": src.group}, 1, how.max_new - 1)]
+    programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": group}, 1, how.max_new - 1)]
     rollout: Rollout = place(programs[0].shapes(mesh))
     mine = {id(x) for x in jax.tree.leaves(full)}
     loaded = [(what, p) for what, p in s.world.imagined.held if not mine & {id(x) for x in jax.tree.leaves(p)}]

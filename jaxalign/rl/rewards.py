@@ -40,6 +40,7 @@ def _where(what: str, scorer: Callable) -> Callable:
 COMBINE: dict[str, Callable] = {
     "mean": lambda s, uncertainty: s.mean(0),
     "min": lambda s, uncertainty: s.min(0),
+    "apart": lambda s, uncertainty: s.T,  # f32[B,M]: rewards that are no ensemble, for advantages of several (`rl.experience.group_experience`)
     "mean_less_variance": lambda s, uncertainty: s.mean(0) - uncertainty * s.var(0),
 }
 
@@ -82,9 +83,12 @@ def python(fn: Callable[[str, str, dict], float], decode: Callable, mesh) -> Cal
     return _where("host", scorer)
 
 
-def adjust(scores, truncated, *, missing_eos_penalty: float = 0.0, clip: float | None = None):
-    """methods.md 4.2: a completion without a stop token loses `missing_eos_penalty`; then clip to [-clip, clip]."""
+def adjust(scores, truncated, *, missing_eos_penalty: float = 0.0, missing_eos_value: float | None = None, clip: float | None = None):
+    """A completion without a stop token loses `missing_eos_penalty`, or is given `missing_eos_value` whatever its score
+    (lm-human-preferences' penalty_reward_value); then clip to [-clip, clip]."""
     scores = scores - missing_eos_penalty * truncated
+    if missing_eos_value is not None:
+        scores = jnp.where(truncated > 0, missing_eos_value, scores)
     return scores if clip is None else jnp.clip(scores, -clip, clip)
 
 

@@ -68,6 +68,9 @@ def averaged(state: TrainState) -> Tree:
 
     Schedule-free optimizers take gradients at y = (1 - b1) z + b1 x and keep z; x is the average (2405.15682, equation 3).
     """
+    found = optax.tree.get(state.opt_state, "AverageState")
+    if found is not None:
+        return jax.tree.map(lambda a, p: jax.device_put(a, p.sharding), found.average, state.params)
     found = optax.tree.get(state.opt_state, "ScheduleFreeState")
     if found is None:
         return state.params
