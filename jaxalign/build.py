@@ -328,6 +328,18 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     return model, objective, online.OnlineSource(prompts, model, scorer, sampler, w.mesh, step_of, **how), params
 
 
+def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:
+    """A scorer of rollouts (`rl.rewards`) by its name: a reward model's directory or stage, or "package.module:function"."""
+    if ":" in named:
+        return rewards.python(imported(named), decode or w.decode, w.mesh)
+    judge, _, params = trained(w.find(named))
+    if "trunk" not in params:
+        raise UserError(f"{named} holds a policy: name a reward model's directory, or a function as package.module:function")
+    if judge.tokenizer.vocab_size != w.tokenizer.vocab_size or any(judge.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
+        raise UserError(f"{named}: its tokenizer is another than the policy's; a reward model must read the same ids")
+    return rewards.learned(heads.Scalar(judge.model), params)
+
+
 def _call(f: Callable, *args, **kwargs):
     """What `plan` puts something else in the place of, to see f and its arguments."""
     return f(*args, **kwargs)
