@@ -24,14 +24,14 @@ from jaxalign.objectives.preference import pair_logps
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
-from jaxalign.rl import experience, online, reinforce, rewards
+from jaxalign.rl import experience, judges, online, reinforce, rewards
 from jaxalign.rl.control import KL, SCORE_SCALES, ScoreScale
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
-from jaxalign.types import Experience, Objective, Source, Tree, UserError
+from jaxalign.types import Experience, Objective, RivalPairs, Source, Tree, UserError
 from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
 
@@ -165,20 +165,26 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     """(optimizer settings, loop settings) of one stage, or what is wrong with it."""
     batch, shards = c.data.batch_size, shard.batch_shards(mesh)
     parts = c.rl.minibatches if "rl" in c else 1
-    group = c.rl.get("group", 1) if "rl" in c else 1
+    m = method(c.objective.name, c.data.kind)
+    group = (c.rl.get(m.rows, 1) if m.rows else 1) if "rl" in c else 1  # rows that train, of a prompt
     pieces = max(c.data.accumulate, 1)
     if min(batch, parts, group) < 1 or c.data.accumulate < 0 or batch % shards or batch * group % (parts * pieces * shards):
-        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {pieces} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.group {group} answers each" if group > 1 else ""))
+        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {pieces} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.{m.rows} {group} answers each" if group > 1 else ""))
     try:
         if c.get("frozen_dtype", "float32") not in ("float32", "bfloat16"):
             raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
-            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
-                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
-            if c.rl.rollout_devices and batch * group % c.rl.rollout_devices:
-                raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {batch * group} answers of a rollout")
-            if "group" in c.rl and c.rl.group < min(2, method(c.objective.name, c.data.kind).group):
+            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.get("importance_cap") is not None and c.rl.importance_cap <= 0):
+                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.get('importance_cap')} above 0")
+            answers = batch * c.rl.get("group", 1)
+            if c.rl.rollout_devices and answers % c.rl.rollout_devices:
+                raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {answers} answers of a rollout")
+            if "keep" in c.rl and not (1 <= c.rl.keep <= c.rl.group and 0 <= c.rl.quantile < 1):
+                raise UserError(f"rl.keep {c.rl.keep} must be between 1 and rl.group {c.rl.group}, and rl.quantile {c.rl.quantile} at least 0 and below 1")
+            if m.batch is RivalPairs and c.rl.group != 1:
+                raise UserError(f"rl.group {c.rl.group}: {c.objective.name} compares one answer of the policy with one of the reference; set it to 1")
+            if "group" in c.rl and c.rl.group < min(2, m.group):
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
             names = {"kl_estimator": KL_ESTIMATORS, "scale_rewards": {**GROUP_ADVANTAGES, **SEVERAL}, "old_logp": experience.OLD_LOGP[:2]}
             names |= {"importance_form": experience.IMPORTANCE, "whiten_form": WHITEN, "scale_score": SCORE_SCALES, "baseline": reinforce.BASELINES}
@@ -279,8 +285,10 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
-    if not named:
+    if not named and not rl.get("judge"):
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
+    if named and rl.get("judge"):
+        raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
     if rl.combine not in rewards.COMBINE:
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
     if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.get("reward_weights"):
@@ -292,7 +300,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if w.imagined is not None:
         w.imagined.judges = list(learned.values())
     one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
-    scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
+    scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty) if named else judges.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]
     check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
@@ -325,11 +333,23 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
             parts = rl.minibatches * max(c.data.accumulate, 1) * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
         step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
-        how |= dict(group=rl.group, kind=m.batch, rival=m.rival, rounds=rl.dynamic_rounds)
+        how |= dict(group=rl.group, kind=m.batch, rival=m.rival and functools.partial(m.rival, **{k: rl[k] for k in fields(m.rival)}), rounds=rl.get("dynamic_rounds", 0))
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
     return model, objective, online.OnlineSource(prompts, model, scorer, sampler, w.mesh, step_of, **how), params
+
+
+def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:
+    """A scorer of rollouts (`rl.rewards`) by its name: a reward model's directory or stage, or "package.module:function"."""
+    if ":" in named:
+        return rewards.python(imported(named), decode or w.decode, w.mesh)
+    judge, _, params = trained(w.find(named))
+    if "trunk" not in params:
+        raise UserError(f"{named} holds a policy: name a reward model's directory, or a function as package.module:function")
+    if judge.tokenizer.vocab_size != w.tokenizer.vocab_size or any(judge.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
+        raise UserError(f"{named}: its tokenizer is another than the policy's; a reward model must read the same ids")
+    return rewards.learned(heads.Scalar(judge.model), params)
 
 
 def _call(f: Callable, *args, **kwargs):

@@ -19,13 +19,14 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import a2c, answers, dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
+from jaxalign.objectives import a2c, answers, dpo_variants, grpo, kto, lm, odds, online, ppo, preference, ranked, reward
 from jaxalign.ops import quant
-from jaxalign.rl import experience, reinforce
+from jaxalign.rl import experience, reinforce, rivals, selection
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import optim, run
-from jaxalign.types import GroupExperience, Objective, UserError
+from jaxalign.types import Duels, GroupExperience, Objective, Pairs, RivalPairs, Tokens, UserError
+
 
 class Method(NamedTuple):
     """What a config's objective name stands for."""
@@ -37,7 +38,8 @@ class Method(NamedTuple):
     experience: Callable = experience.group_experience
     batch: type = GroupExperience
     group: int = 8
-    rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`)
+    rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`); keyword-only arguments are fields of rl
+    rows: str = "group"  # the field of rl that says how many rows of a batch come of a prompt; "": one
     rl: dict = {}  # defaults of its rl section that are not those of `experience`
 
 
@@ -97,6 +99,11 @@ OBJECTIVES: dict[str, Method] = {
     "reinforce_pp_baseline": Method(grpo.reinforce_pp, "prompts", experience=reinforce.reinforce_experience, rl={"baseline": "group"}),
     "remax": Method(grpo.remax, "prompts", experience=reinforce.remax_experience, group=1, rival=reinforce.greedy),
     "a2c": Method(a2c.a2c, "prompts", rl={"epochs": 1, "whiten_advantages": False}),
+    "online_dpo": Method(online.online_dpo, "prompts", experience=selection.pair_experience, batch=Pairs, group=2, rows=""),
+    "xpo": Method(online.xpo, "prompts", experience=selection.rival_pairs, batch=RivalPairs, group=1, rival=rivals.reference, rows=""),
+    "nash_md": Method(online.nash_md, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),
+    "nash_md_token": Method(online.nash_md_token, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),
+    "raft": Method(online.raft, "prompts", reference=False, experience=selection.best_experience, batch=Tokens, rows="keep"),
 }
 FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
 OF_SAMPLING = ("temperature", "max_new")  # what an objective or an experience takes from the sampling section
@@ -242,8 +249,10 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
                 "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
             }
         else:
-            # dynamic_rounds: throw groups of equal rewards away and draw more prompts, so many times at most; 0: train on all
-            c["rl"] |= {"group": m.group, "dynamic_rounds": 0, **fields(m.experience, skip=(*OF_SAMPLING, "group", "answers_per_row"))}
+            c["rl"] |= {"group": m.group, **fields(m.experience, skip=(*OF_SAMPLING, "group", "answers_per_row")), **(fields(m.rival) if m.rival else {})}
+            if m.batch is GroupExperience:
+                c["rl"]["dynamic_rounds"] = 0  # throw groups of equal rewards away and draw more prompts, so many times at most; 0: train on all
+            c["rl"]["judge"] = ""  # in place of reward: "package.module:function" (prompt, first, second, record) -> P(first is better)
         c["rl"] |= m.rl
         c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
     c = ConfigDict(c).lock()
@@ -257,7 +266,13 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
 
 
 def method(name: str, kind: str = "tokens") -> Method:
-    """What an objective's name, or the import path of a maker, stands for; `kind` says what the latter's data is."""
+    """What an objective's name, or the import path of a maker, stands for; `kind` says what the latter's data is.
+
+    "online_NAME" is any loss of pairs, NAME, on pairs that the policy samples itself: online_ipo, online_hinge, ...
+    """
+    offline = OBJECTIVES.get(name.removeprefix("online_"))
+    if name not in OBJECTIVES and offline is not None and offline.kind == "pairs" and name.removeprefix("online_") not in REWARDS:
+        return OBJECTIVES["online_dpo"]._replace(maker=online.on_policy(offline.maker), reference=offline.reference)
     return OBJECTIVES[name] if name in OBJECTIVES else Method(imported(name), kind)
 
 

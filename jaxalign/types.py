@@ -127,6 +127,28 @@ class GroupExperience(NamedTuple):
     ref_logp: Array | None = None  # f32[B,T]; None: no KL penalty
 
 
+class RivalPairs(NamedTuple):
+    """Pairs of which the policy wrote one side and a rival the other."""
+
+    chosen: Tokens
+    rejected: Tokens
+    ref_chosen: Array  # f32[B]; as in `Pairs`
+    ref_rejected: Array  # f32[B]
+    margin: Array  # f32[B]
+    rival_won: Array  # f32[B]; 1 = the chosen side is the rival's
+
+
+class Duels(NamedTuple):
+    """Answers of the policy, each of which was compared with a rival's to the same prompt. A row with an empty mask weighs 0."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]
+    segments: Array  # i32[B,T]
+    positions: Array  # i32[B,T]
+    preferred: Array  # f32[B]; the probability that it is better than the rival's
+    ref_logp: Array  # f32[B,T]; 0 outside mask
+
+
 # -- losses ---------------------------------------------------------------------------------------------------------
 
 

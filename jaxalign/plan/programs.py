@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import types
 from pathlib import Path
@@ -183,6 +184,11 @@ def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Ite
     full = tree.merge(state.params, s.frozen["base"]) if "base" in s.frozen else state.params
     programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": group}, 1, how.max_new - 1)]
     rollout: Rollout = place(programs[0].shapes(mesh))
+    if src.rival is not None:  # one more answer to each prompt
+        rival = jax.jit(functools.partial(src.rival, model, how))
+        programs.append(Program("rival", rival, (full["policy"], src.reference, prompts._replace(records=()), key, state.step), {}, 1, how.max_new - 1))
+        B = B // src.group * (src.group + 1)
+        rollout = jax.tree.map(lambda x: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype, sharding=x.sharding) if x.ndim else x, rollout)
     mine = {id(x) for x in jax.tree.leaves(full)}
     loaded = [(what, p) for what, p in s.world.imagined.held if not mine & {id(x) for x in jax.tree.leaves(p)}]
     judges = s.world.imagined.judges

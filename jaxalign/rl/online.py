@@ -169,7 +169,7 @@ class OnlineSource:
             rollout = self._sample(params["policy"], bare, key, state.step)
             if self.rival is not None:
                 other = self.rival(self.model, self.sampling, params["policy"], self.reference, shard.place(bare, self.mesh), nn.fold(key, "rival"), state.step)
-                rollout = interleaved(rollout, other, group=self.group)
+                rollout = interleaved(self._here(rollout), other, group=self.group)
             rollout = self._done(rollout)
         batch = repeated(batch, self.group + (self.rival is not None))
         entry = {"born": self.iteration, "rollout": rollout}
