@@ -16,12 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, experience_of, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
+from jaxalign.data.templates import stop_ids
 from jaxalign.models import heads, lora, peft
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
-from jaxalign.rl import experience, online, rewards
+from jaxalign.rl import experience, masking, online, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.reference import Precomputed, WithReference
 from jaxalign.rl.rollout import Sampling, check_length
@@ -29,7 +30,7 @@ from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, valued, world
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -104,6 +105,7 @@ class Stage:
             )  # fmt: skip
             params = state.averaged(st)
             params = tree.merge(params, self.base) if self.base is not None else params
+            params = self.objective.finish(params, st.aux) if self.objective.finish else params
             params = params["policy"] if "rl" in c else params
             if not adapts(c):
                 return params
@@ -123,12 +125,12 @@ class Stage:
 
     def save(self, params: Tree) -> None:
         if self.adapted is not None and hasattr(self.world.model.family, "HF"):
-            trunk, head = (self.adapted["trunk"], params["head"]) if "head" in params else (self.adapted, None)
+            trunk, head = self.adapted.get("trunk", self.adapted), params.get("head")
             peft.save(self.workdir / "adapter", self.world.model, trunk, base=self.config.init or None, head=head, rs=self.config.adapter.rslora)
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
 
 
-HEADS = ("^head/", r"^value/(head/)?(weight|bias)$")  # what trains beside the adapters
+HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^[qv]/")  # what trains beside the adapters
 
 
 def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None) -> tuple[Tree, Tree | None]:
@@ -171,8 +173,9 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
             raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
-            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
-                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
+            cap = c.rl.get("importance_cap")
+            if c.rl.epochs < 1 or c.rl.staleness < 0 or (cap is not None and cap <= 0):
+                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {cap} above 0")
             if c.rl.rollout_devices and batch * group % c.rl.rollout_devices:
                 raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {batch * group} answers of a rollout")
             if "group" in c.rl and c.rl.group < 2:
@@ -214,6 +217,10 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
             model = heads.Scalar(w.model)
             trunk = trunk if trunk is not None else draw(w.model.specs(), "trunk")
             params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head"))))
+        elif m.twins is not None:
+            model = heads.Guided(w.model, m.twins)
+            trunk = trunk if trunk is not None else draw(w.model.specs(), "policy")
+            params = {"trunk": adapted(w, c, key, trunk)[0], **draw(heads.q_and_v_specs(w.model.config.dim, w.model.config.vocab, m.twins), "heads")}
         else:
             model, params = w.model, adapted(w, c, key, trunk if trunk is not None else draw(w.model.specs(), "policy"))[0]
         objective = m.maker(model, **options)
@@ -289,20 +296,26 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]
     check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
-    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new}
+    special = tuple(sorted({*stop_ids(w.tokenizer, w.template), w.tokenizer.bos_id, w.tokenizer.eos_id, w.tokenizer.pad_id} - {None}))
+    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new, "special": special, "updates": rl.epochs * rl.minibatches}
     takes = lambda f: {k: of_sampling[k] for k in OF_SAMPLING if k in fields(f)}
     maker, options = functools.partial(maker, **takes(maker)), {k: v for k, v in options.items() if k not in OF_SAMPLING}
-    make = experience.make_experience if critic else m.experience
+    make = experience_of(m)
     shaping = {**plain(ConfigDict({k: rl[k] for k in fields(make) if k in rl})), **takes(make)}
     if rl.staleness and shaping.get("importance_cap", 0) is None:
         shaping["importance_cap"] = 2.0  # what an older policy sampled is not trained on as if it were its own
     how = dict(reference=reference, epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
+    actor = model
+    if m.actor is not None:
+        if rl.staleness:
+            raise UserError(f"{name}: rl.staleness {rl.staleness}: {c.objective.name} trains on what its masks of today allowed; set it to 0")
+        actor, how["lagging"] = m.actor(model, **options, special=special), masking.beside(frozen)
     if critic:
         value, head = _critic(w, name, c, scalar, learned, draw, key)
         mix = None
-        if options["ptx_coef"]:
+        if options.get("ptx_coef"):
             mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
-        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, value, params, reference, rollout, scores, beta, **shaping)
+        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, actor, value, params, reference, rollout, scores, beta, **shaping)
         how |= dict(kl=KL(rl.beta, rl.target, rl.horizon), mix=mix, kind=Experience)
         objective, params = maker(model, value, **options), {"policy": policy, "value": head}
     else:
@@ -317,7 +330,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
-    return model, objective, online.OnlineSource(prompts, model, scorer, sampler, w.mesh, step_of, **how), params
+    return model, objective, online.OnlineSource(prompts, actor, scorer, sampler, w.mesh, step_of, **how), params
 
 
 def _call(f: Callable, *args, **kwargs):

@@ -23,7 +23,7 @@ from jaxalign.models import heads, lora
 from jaxalign.rl import reference, rewards
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
-from jaxalign.types import Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
+from jaxalign.types import Pairs, Prompts, Rankings, Rollout, Tokens, Trajectories, Tree, UserError
 from jaxalign.world import World, model_of
 
 
@@ -83,6 +83,9 @@ class Imagined:
         if kind == "rankings":
             T, K = needed("max_len"), needed("max_k")
             return Source(Rankings(rows(batch, K, T), of((batch, K)), of((batch, K), np.float32)), T)
+        if kind == "trajectories":
+            T = needed("max_len")
+            return Source(Trajectories(*rows(batch, T), of((batch, T), np.float32), one), T)
         T = needed("max_prompt_len")
         return Source(Prompts(of((batch, T)), of((batch, T)), of((batch, T)), of((batch,))), T)
 
@@ -177,6 +180,7 @@ def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Ite
     place = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else whole), t)
     key = jax.ShapeDtypeStruct((), state.key.dtype, sharding=whole)
     full = tree.merge(state.params, s.frozen["base"]) if "base" in s.frozen else state.params
+    full = src.lagging(full, state.aux) if src.lagging else full
     programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": src.group}, 1, how.max_new - 1)]
     rollout: Rollout = place(programs[0].shapes(mesh))
     mine = {id(x) for x in jax.tree.leaves(full)}

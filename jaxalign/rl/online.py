@@ -70,6 +70,9 @@ class OnlineSource:
     play(params, prompts, key, version) -> (Rollout, scores f32[B] or, for each token, f32[B,T]): in place of sampling and scoring,
     for those who take turns with something (an environment).
 
+    lagging(params, aux) -> params: what samples and what makes the experience sees these, where it reads the objective's own
+    state too (a policy that lags behind).
+
     Its state is the prompt source's position, the rollouts under way with their scores, how much of the experience in flight
     is used, that experience itself and the KL coefficient: a run killed in the middle of an epoch goes on with the very same
     minibatch.
@@ -99,11 +102,12 @@ class OnlineSource:
         draft: tuple | None = None,
         rival: Callable | None = None,
         play: Callable | None = None,
+        lagging: Callable | None = None,
     ):
         self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
-        self.rival, self.play = rival, play
+        self.rival, self.play, self.lagging = rival, play, lagging
         self.draft = draft  # a smaller model and its weights, where sampling.draft names one
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
@@ -162,6 +166,7 @@ class OnlineSource:
 
     def _collect(self, state):
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
+        params = self.lagging(params, state.aux) if self.lagging else params
         while len(self._queue) <= self.staleness:
             self._launch(params, state)
         entry = self._queue.pop(0)
