@@ -16,15 +16,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, experience_of, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
+from jaxalign.data.templates import stop_ids
 from jaxalign.models import heads, lora, peft
 from jaxalign.objectives import ppo
 from jaxalign.objectives.preference import pair_logps
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
-from jaxalign.rl import experience, judges, online, reinforce, rewards
+from jaxalign.rl import experience, judges, masking, online, reinforce, rewards
 from jaxalign.rl.control import KL, SCORE_SCALES, ScoreScale
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
@@ -32,7 +33,7 @@ from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, RivalPairs, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, valued, world
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -107,6 +108,7 @@ class Stage:
             )  # fmt: skip
             params = state.averaged(st)
             params = tree.merge(params, self.base) if self.base is not None else params
+            params = self.objective.finish(params, st.aux) if self.objective.finish else params
             params = params["policy"] if "rl" in c else params
             if not adapts(c):
                 return params
@@ -126,12 +128,12 @@ class Stage:
 
     def save(self, params: Tree) -> None:
         if self.adapted is not None and hasattr(self.world.model.family, "HF"):
-            trunk, head = (self.adapted["trunk"], params["head"]) if "head" in params else (self.adapted, None)
+            trunk, head = self.adapted.get("trunk", self.adapted), params.get("head")
             peft.save(self.workdir / "adapter", self.world.model, trunk, base=self.config.init or None, head=head, rs=self.config.adapter.rslora)
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
 
 
-HEADS = ("^head/", r"^value/(head/)?(weight|bias)$")  # what trains beside the adapters
+HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^[qv]/")  # what trains beside the adapters
 
 
 def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None) -> tuple[Tree, Tree | None]:
@@ -225,6 +227,10 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
             model = heads.Scalar(w.model)
             trunk = trunk if trunk is not None else draw(w.model.specs(), "trunk")
             params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head"))))
+        elif m.twins is not None:
+            model = heads.Guided(w.model, m.twins)
+            trunk = trunk if trunk is not None else draw(w.model.specs(), "policy")
+            params = {"trunk": adapted(w, c, key, trunk)[0], **draw(heads.q_and_v_specs(w.model.config.dim, w.model.config.vocab, m.twins), "heads")}
         else:
             model, params = w.model, adapted(w, c, key, trunk if trunk is not None else draw(w.model.specs(), "policy"))[0]
         objective = m.maker(model, **options)
@@ -304,20 +310,26 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]
     check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
-    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new}
+    special = tuple(sorted({*stop_ids(w.tokenizer, w.template), w.tokenizer.bos_id, w.tokenizer.eos_id, w.tokenizer.pad_id} - {None}))
+    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new, "special": special, "updates": rl.epochs * rl.minibatches}
     takes = lambda f: {k: of_sampling[k] for k in OF_SAMPLING if k in fields(f)}
     maker, options = functools.partial(maker, **takes(maker)), {k: v for k, v in options.items() if k not in OF_SAMPLING}
-    make = experience.make_experience if critic else m.experience
+    make = experience_of(m)
     shaping = {**plain(ConfigDict({k: rl[k] for k in fields(make) if k in rl})), **takes(make)}
     if rl.staleness and shaping.get("importance_cap", 0) is None:
         shaping["importance_cap"] = 2.0  # what an older policy sampled is not trained on as if it were its own
     how = dict(reference=reference, epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
+    actor = model
+    if m.actor is not None:
+        if rl.staleness:
+            raise UserError(f"{name}: rl.staleness {rl.staleness}: {c.objective.name} trains on what its masks of today allowed; set it to 0")
+        actor, how["lagging"] = m.actor(model, **options, special=special), masking.beside(frozen)
     if critic:
         value, head = _critic(w, name, c, scalar, learned, draw, key)
         mix = None
         if options.get("ptx_coef"):
             mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
-        step_of = lambda params, reference, rollout, scores, beta, *scale, call=_call: call(make, model, value, params, reference, rollout, scores, beta, *scale, **shaping)
+        step_of = lambda params, reference, rollout, scores, beta, *scale, call=_call: call(make, actor, value, params, reference, rollout, scores, beta, *scale, **shaping)
         how |= dict(kl=KL(rl.beta, rl.target, rl.horizon, rl.controller), mix=mix, kind=Experience)
         if rl.scale_score != "none":
             adjust = {"missing_eos_penalty": rl.missing_eos_penalty, "missing_eos_value": rl.missing_eos_value, "clip": rl.clip_score}
@@ -337,7 +349,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
-    return model, objective, online.OnlineSource(prompts, model, scorer, sampler, w.mesh, step_of, **how), params
+    return model, objective, online.OnlineSource(prompts, actor, scorer, sampler, w.mesh, step_of, **how), params
 
 
 def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:

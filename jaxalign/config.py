@@ -19,14 +19,13 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import a2c, answers, dpo_variants, grpo, kto, lm, odds, online, ppo, preference, ranked, reward
+from jaxalign.objectives import a2c, answers, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward
 from jaxalign.ops import quant
-from jaxalign.rl import experience, reinforce, rivals, selection
+from jaxalign.rl import experience, masking, reinforce, rivals, selection
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import optim, run
-from jaxalign.types import Duels, GroupExperience, Objective, Pairs, RivalPairs, Tokens, UserError
-
+from jaxalign.types import Duels, Experience, GroupExperience, Objective, Pairs, RivalPairs, Tokens, UserError
 
 class Method(NamedTuple):
     """What a config's objective name stands for."""
@@ -41,6 +40,8 @@ class Method(NamedTuple):
     rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`); keyword-only arguments are fields of rl
     rows: str = "group"  # the field of rl that says how many rows of a batch come of a prompt; "": one
     rl: dict = {}  # defaults of its rl section that are not those of `experience`
+    twins: int | None = None  # so many Q heads, and a value head, stand on the trunk (`models.heads.Guided`); None: neither
+    actor: Callable | None = None  # (model, options of the objective) -> the model that samples, who reads the objective's aux too (`rl.masking`)
 
 
 # A config may name any other maker by import path, "package.module:function".
@@ -104,9 +105,16 @@ OBJECTIVES: dict[str, Method] = {
     "nash_md": Method(online.nash_md, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),
     "nash_md_token": Method(online.nash_md_token, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),
     "raft": Method(online.raft, "prompts", reference=False, experience=selection.best_experience, batch=Tokens, rows="keep"),
+    "nlpo": Method(nlpo.nlpo, "prompts", experience=masking.nlpo_experience, batch=Experience, actor=masking.actor),
+    "ilql": Method(ilql.ilql, "trajectories", twins=2),
+    "ilql_original": Method(ilql.ilql_original, "trajectories", twins=2),
+    "mc_returns": Method(offline.mc_returns, "trajectories", twins=1),
+    "advantage_weighted_bc": Method(offline.advantage_weighted_bc, "trajectories", twins=0),
+    "filtered_bc": Method(lm.lm, "trajectories"),
 }
 FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
-OF_SAMPLING = ("temperature", "max_new")  # what an objective or an experience takes from the sampling section
+# What an objective or an experience takes from the sampling section, the tokenizer (ids that are special) and rl (updates of a rollout).
+OF_SAMPLING = ("temperature", "max_new", "special", "updates")
 REWARDS = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
 
 # What the data section of each kind of batch has besides what they all have.
@@ -116,6 +124,7 @@ KINDS = {
     "rankings": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_k": config_dict.placeholder(int)},
     "labelled": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
     "prompts": {"max_prompt_len": config_dict.placeholder(int)},
+    "trajectories": {"eval_path": "", "max_len": config_dict.placeholder(int), "top": 1.0, "standardise": False},
 }
 
 # Of every stage: low-rank matrices beside frozen weights.
@@ -245,7 +254,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
                 "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
                 **fields(KL),
                 "scale_score": "none",  # what scores are divided by: none | running | first (`rl.control.ScoreScale`)
-                **fields(experience.make_experience, skip=OF_SAMPLING),
+                **fields(experience_of(m), skip=OF_SAMPLING),
                 "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
             }
         else:
@@ -279,6 +288,11 @@ def method(name: str, kind: str = "tokens") -> Method:
 def has_critic(maker: Callable) -> bool:
     """Whether an objective's maker takes a value network, as PPO's does: else its batches are what `Method.experience` makes."""
     return "value" in inspect.signature(maker).parameters
+
+
+def experience_of(m: Method) -> Callable:
+    """What makes of rollouts what a method reads."""
+    return experience.make_experience if has_critic(m.maker) and m.experience is experience.group_experience else m.experience
 
 
 def adapts(c: ConfigDict) -> bool:

@@ -77,6 +77,17 @@ class Labelled(NamedTuple):
     ref_mismatched: Array | None = None  # f32[B]; as ref
 
 
+class Trajectories(NamedTuple):
+    """One episode per row: what was said, and what it earned. ``mask`` marks the actions: the tokens of the policy's turns."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]
+    segments: Array  # i32[B,T]
+    positions: Array  # i32[B,T]
+    rewards: Array  # f32[B,T]; at the action that earns it, 0 elsewhere
+    terminal: Array  # f32[B]; 0 = cut off: the episode would have gone on after its last token
+
+
 class Prompts(NamedTuple):
     """What an online source asks the policy to continue. ``records`` stays on the host."""
 
@@ -177,6 +188,7 @@ class Objective:
     stats: Callable[..., Metrics] | None = None
     init_aux: Callable[[Tree], Tree] | None = None
     update_aux: Callable[..., Tree] | None = None  # (aux, params, metrics, step) -> aux, once after each update
+    finish: Callable[..., Tree] | None = None  # (params, aux) -> what is kept of a finished run; None: the params
     whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
     shared: bool = False  # reads `SharedPairs` as well as `Pairs`
     mismatched: bool = False  # reads `Labelled.mismatched`

@@ -24,7 +24,7 @@ from jaxalign.models import heads, lora
 from jaxalign.rl import reference, rewards
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
-from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
+from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Tokens, Trajectories, Tree, UserError
 from jaxalign.world import World, model_of
 
 
@@ -87,6 +87,9 @@ class Imagined:
         if kind == "labelled":
             T = needed("max_len")
             return Source(Labelled(rows(batch, T), one, one, *((rows(batch, T), one) if mismatched else ())), T)
+        if kind == "trajectories":
+            T = needed("max_len")
+            return Source(Trajectories(*rows(batch, T), of((batch, T), np.float32), one), T)
         T = needed("max_prompt_len")
         return Source(Prompts(of((batch, T)), of((batch, T)), of((batch, T)), of((batch,))), T)
 
@@ -176,12 +179,13 @@ def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Ite
     if how.slots or how.draft:
         raise UserError(f"{s.name}: plan knows sampling of all rows at once, without a draft; set sampling.slots to 0 and sampling.draft to ''")
     prompts = src.prompts.next(None)
-    group = src.group + (src.rival is not None)  # the rival's answer costs what another does
+    group = src.group
     B, T = prompts.tokens.shape[0] * group, prompts.tokens.shape[1] + how.max_new
     whole, rows = shard.replicated(mesh), shard.batch_sharding(mesh)
     place = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else whole), t)
     key = jax.ShapeDtypeStruct((), state.key.dtype, sharding=whole)
     full = tree.merge(state.params, s.frozen["base"]) if "base" in s.frozen else state.params
+    full = src.lagging(full, state.aux) if src.lagging else full
     programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": group}, 1, how.max_new - 1)]
     rollout: Rollout = place(programs[0].shapes(mesh))
     if src.rival is not None:  # one more answer to each prompt

@@ -93,6 +93,9 @@ class OnlineSource:
     score_scale: what scores are divided by, handed to `experience` as one more argument. stop(state) -> bool: asked after each
     update whether the rest of the rollout is to be skipped (PPO's early stop), in which case the next one is collected.
 
+    lagging(params, aux) -> params: what samples and what makes the experience sees these, where it reads the objective's own
+    state too (a policy that lags behind).
+
     Its state is the prompt source's position, the rollouts under way with their scores, how much of the experience in flight
     is used, that experience itself and the KL coefficient: a run killed in the middle of an epoch goes on with the very same
     minibatch.
@@ -125,11 +128,12 @@ class OnlineSource:
         rounds: int = 0,
         score_scale: ScoreScale | None = None,
         stop: Callable | None = None,
+        lagging: Callable | None = None,
     ):
         self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
-        self.rival, self.play = rival, play
+        self.rival, self.play, self.lagging = rival, play, lagging
         self.rounds, self.score_scale, self.stop = rounds, score_scale, stop
         if rounds and (play is not None or group + (rival is not None) < 2):
             raise UserError(f"rl.dynamic_rounds {rounds} compares the answers of a group, so there must be two or more of them, and no environment")
@@ -191,6 +195,7 @@ class OnlineSource:
 
     def _collect(self, state):
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
+        params = self.lagging(params, state.aux) if self.lagging else params
         rollout, scores, born, counts = self._informative(params, state) if self.rounds else (*self._scored(params, state), {})
         scale = () if self.score_scale is None else (self.score_scale(scores, rollout.truncated),)
         with self.phase("experience"):
