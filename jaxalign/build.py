@@ -240,6 +240,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     if c.data.get("eval_path") and "rl" not in c:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
+    if w.imagined is None and kind not in REWARDS and "watch" in (w.config.get("world") or {}):
+        evaluate = _watched(w, name, c, frozen, evaluate)
     remains = None
     if o.freeze or adapts(c):
         trained = optim.trainable(o, params)
@@ -249,6 +251,28 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
     return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest, source))
+
+
+def _watched(w: World, name: str, c: ConfigDict, frozen: dict, evaluate: Callable | None) -> Callable:
+    """`evaluate`, and with it what the policy does on the world's held-out prompts, world.watch.each answers to each of them."""
+    from jaxalign.data.rows import read
+    from jaxalign.evals.watch import watch
+
+    said = w.config.world
+    records = [r for r, _ in read(w.find("data/prompts_eval.jsonl")) for _ in range(said.watch.each)]
+    gold = imported(said.name)(seed=w.config.seed).gold_rewards
+    reference = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
+    look = watch(w.model, sampling(w, said.sampling), prompt_rows(w, records, min(len(records), 256)), records, gold, w.decode, w.mesh, reference=reference)
+
+    def both(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
+        known = evaluate(s, counts, whole) if evaluate is not None else {}
+        if whole:
+            return known
+        params = state.averaged(s)
+        params = tree.merge(params, frozen["base"]) if "base" in frozen else params
+        return known | look(params["policy"] if "rl" in c else params, s.key, int(s.step))
+
+    return both
 
 
 def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> float | None:
