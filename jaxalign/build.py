@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
 from jaxalign.ops import branches, nn
@@ -254,14 +254,16 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
 
 
 def _watched(w: World, name: str, c: ConfigDict, frozen: dict, evaluate: Callable | None) -> Callable:
-    """`evaluate`, and with it what the policy does on the world's held-out prompts, world.watch.each answers to each of them."""
+    """`evaluate`, and with it what the policy does on the world's held-out prompts: world.watch.each answers to each of them, and
+    where world.watch.reference names a stage their KL to it."""
     from jaxalign.data.rows import read
     from jaxalign.evals.watch import watch
 
     said = w.config.world
     records = [r for r, _ in read(w.find("data/prompts_eval.jsonl")) for _ in range(said.watch.each)]
-    gold = imported(said.name)(seed=w.config.seed).gold_rewards
-    reference = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
+    gold = embedded(w.config).gold_rewards
+    compared = said.watch.get("reference", "")
+    reference = load_params(w, compared, w.model.specs(), "world.watch.reference") if compared and w.stage_dir(compared) != w.stage_dir(name) else None
     look = watch(w.model, sampling(w, said.sampling), prompt_rows(w, records, min(len(records), 256)), records, gold, w.decode, w.mesh, reference=reference)
 
     def both(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:

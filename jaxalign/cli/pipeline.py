@@ -62,7 +62,7 @@ def trained(config, workdir: Path, profile: str = "") -> tuple:
 
     build.check(config)
     clock = Clock(workdir)
-    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    world = build.embedded(config)
     if world is not None:
         with clock("data"):
             _write_data(world, config, workdir)

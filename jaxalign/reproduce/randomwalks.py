@@ -32,13 +32,13 @@ def get_config(arg=None):
         "watch": {"each": 50},
     }
     adam = dict(schedule="constant", b1=0.9, b2=0.95, eps=1e-8, weight_decay=1e-6, max_grad_norm=None)
-    train = dict(steps=UPDATES, eval_every=8, save_every=40, keep=1)
+    train = dict(steps=UPDATES, eval_every=16, save_every=40, keep=1)
     rl = dict(reward=REWARD, epochs=4, minibatches=2)
     c.stages = {
         "sft": build.stage(
             "lm",
             data=dict(path="data/sft.jsonl", eval_path="data/sft_eval.jsonl", batch_size=100, seq_len=11, packing="pad"),
-            train=dict(steps=200, eval_every=20, save_every=100, keep=1),
+            train=dict(steps=200, eval_every=40, save_every=100, keep=1),
             optim=dict(adam, lr=1e-3),
         ),
         "ppo": build.stage(
@@ -76,7 +76,7 @@ REPRODUCTION = Reproduction(
     title="Random walks",
     get_config=get_config,
     curves={"bc": curve("sft", "eval/gold"), **{a: curve(a, "eval/gold") for a in ARMS}},
-    figures={"bc": last("sft", "eval/gold"), **{a: last(a, "eval/gold") for a in ARMS}},
+    figures={"bc": last("sft", "eval/gold", n=2), **{a: last(a, "eval/gold", n=3) for a in ARMS}},
     x="updates",
     y="optimality, 1 is the shortest way",
     tolerance=0.05,
