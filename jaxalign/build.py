@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, experience_of, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, experience_of, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.data.templates import stop_ids
 from jaxalign.models import heads, lora, peft
@@ -256,6 +256,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     if c.data.get("eval_path") and "rl" not in c:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
+    if w.imagined is None and kind not in REWARDS and "watch" in (w.config.get("world") or {}):
+        evaluate = _watched(w, name, c, model, objective, frozen, evaluate)
     remains = None
     if o.freeze or adapts(c):
         trained = optim.trainable(o, params)
@@ -265,6 +267,36 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
     return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest, source))
+
+
+def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, frozen: dict, evaluate: Callable | None) -> Callable:
+    """`evaluate`, and with it what the policy does on the world's held-out prompts: world.watch.each answers to each of them, and
+    where world.watch.reference names a stage their KL to it. Q heads decode with each of world.watch.guided.betas."""
+    from jaxalign.data.rows import read
+    from jaxalign.evals.watch import watch
+
+    said = w.config.world
+    records = [r for r, _ in read(w.find("data/prompts_eval.jsonl")) for _ in range(said.watch.each)]
+    gold = embedded(w.config).gold_rewards
+    compared = said.watch.get("reference", "")
+    reference = load_params(w, compared, w.model.specs(), "world.watch.reference") if compared and w.stage_dir(compared) != w.stage_dir(name) else None
+    twins, guided = getattr(model, "twins", None), plain(said.watch.get("guided") or ConfigDict())
+    betas = guided.pop("betas", (1.0,)) if twins else ()
+    who = {f"/beta_{b:g}": dataclasses.replace(model, beta=float(b)) for b in betas} or {"": w.model if twins is None else model}
+    how, prompts = sampling(w, said.sampling, **guided if twins else {}), prompt_rows(w, records, min(len(records), 256))
+    looks = {k: watch(m, how, prompts, records, gold, w.decode, w.mesh, reference=reference) for k, m in who.items()}
+
+    def both(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
+        known = evaluate(s, counts, whole) if evaluate is not None else {}
+        if whole:
+            return known
+        params = state.averaged(s)
+        params = tree.merge(params, frozen["base"]) if "base" in frozen else params
+        finish = getattr(objective, "finish", None)
+        params = finish(params, s.aux) if finish else params["policy"] if "rl" in c else params
+        return known | {k + of: v for of, look in looks.items() for k, v in look(params, s.key, int(s.step)).items()}
+
+    return both
 
 
 def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> float | None:
