@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Hashable, NamedTuple, Sequence
 
-import numpy as np
 
 from jaxalign.evals.stats import numbers, outcomes, wilson
 
