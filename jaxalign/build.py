@@ -219,7 +219,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         objective = m.maker(model, **options)
         share = objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh)
         cost = lambda *x: branches.cost(model.config.dim, *x)
-        how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {}
+        how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {"mismatched": True} if objective.mismatched else {}
         source = data_source(w, c.data, c.data.path, batch, seed, **how)
         longest = c.data.get("seq_len") or source.report()["max_length"]
         if "reference" in c and not (c.reference or c.init):

@@ -64,6 +64,7 @@ KINDS = {
     "tokens": {"eval_path": "", "seq_len": 256, "packing": "bfd", "too_long": "truncate"},
     "pairs": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
     "rankings": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_k": config_dict.placeholder(int)},
+    "labelled": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
     "prompts": {"max_prompt_len": config_dict.placeholder(int)},
 }
 

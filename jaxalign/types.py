@@ -63,6 +63,18 @@ class Rankings(NamedTuple):
     candidates: Tokens  # leaves [B,K,T]
     rank: Array  # i32[B,K]; smaller is better, equal is a tie
     valid: Array  # f32[B,K]; 0 = this slot holds no candidate (K varies within a batch)
+    ref: Array | None = None  # f32[B,K]; reference log-prob summed over the completion (None until `rl.reference` fills it)
+
+
+class Labelled(NamedTuple):
+    """One answer per row with what somebody said of it. A row whose completion mask is empty weighs 0."""
+
+    rows: Tokens
+    label: Array  # f32[B]; a score, or of good and bad answers 1 and 0
+    ref: Array  # f32[B]; reference log-prob summed over the completion (0 until `rl.reference` fills it)
+    # KTO's: the prompt of each row with the answer to another prompt. None where no objective asks for it.
+    mismatched: Tokens | None = None  # leaves [B,T'], T' may differ from T
+    ref_mismatched: Array | None = None  # f32[B]; as ref
 
 
 class Prompts(NamedTuple):
@@ -145,6 +157,7 @@ class Objective:
     update_aux: Callable[..., Tree] | None = None  # (aux, params, metrics, step) -> aux, once after each update
     whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
     shared: bool = False  # reads `SharedPairs` as well as `Pairs`
+    mismatched: bool = False  # reads `Labelled.mismatched`
 
 
 # -- models and sources ---------------------------------------------------------------------------------------------

@@ -191,10 +191,10 @@ def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None 
 
 def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
     """A source over `path` as the data section says."""
-    make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "prompts": sources.prompts_source}
+    make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "labelled": sources.labelled_source, "prompts": sources.prompts_source}
     kind = kind or c.kind
     if w.imagined is not None:
-        return w.imagined.source(w, c, kind, batch)
+        return w.imagined.source(w, c, kind, batch, mismatched=more.get("mismatched", False))
     if not path:
         raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
     paths = [w.find(p) for p in path.split(",")]

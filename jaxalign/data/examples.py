@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import NamedTuple, Sequence, Union
 
 from jaxalign.data.rows import unclean
@@ -58,13 +59,20 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True)
+class Label:
+    prompt: Said
+    completion: Said
+    label: float  # a score, or of good and bad answers 1 and 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     prompt: Said
     record: dict
 
 
-Example = Union[Text, Completion, Chat, Preference, Ranking, Prompt]
-EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Prompt)
+Example = Union[Text, Completion, Chat, Preference, Ranking, Label, Prompt]
+EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Label, Prompt)
 
 
 class Unusable(UserError):
@@ -84,6 +92,13 @@ def string(value: object, where: str, key: str) -> str:
     if bad := unclean(value):
         raise UserError(f"{where}: {key!r} holds a {bad}; remove it")
     return value
+
+
+def number(value: object, where: str, key: str) -> float:
+    """The value, if it is a finite number, or true or false."""
+    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        raise UserError(f"{where}: {key!r} must be true, false or a finite number, not {value!r}")
+    return float(value)
 
 
 def turns(said: Sequence[Message], where: str, key: str, last: str, first: str = "user") -> None:
@@ -128,6 +143,10 @@ def check(example: Example, where: str) -> Example:
         case Completion(prompt, completion):
             _said(prompt, where, "prompt")
             _said(completion, where, "completion", answer=True)
+        case Label(prompt, completion, label):
+            _said(prompt, where, "prompt")
+            _said(completion, where, "completion", answer=True)
+            number(label, where, "label")
         case Preference(prompt, chosen, rejected):
             _said(prompt, where, "prompt")
             _said(chosen, where, "chosen", answer=True)

@@ -6,6 +6,8 @@
     preference  {"chosen", "rejected"} and "prompt", or with the prompt as the common beginning of both: of two lists of
                 messages, of two HH-RLHF dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or of any two strings
     ranking     {"prompt", "completions", "ranks"}               (or "responses", "ranking"); rank 0 is better than 1
+    label       {"prompt", "completion", "label"}, or {"messages", "label"}, whose last turn is meant: true, false or a number.
+                A number may be called "score"; as it often is a column that nobody trains on, it makes a label only where those are asked for
     prompt      {"prompt"}
 
 A prompt is a string or a list of messages; a completion is a string or the messages that follow. Another format is a
@@ -22,14 +24,14 @@ import re
 from typing import Callable
 
 from jaxalign.data.examples import (
-    EXAMPLES, Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text, Unusable,
-    check, string, turns,
+    EXAMPLES, Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Text, Unusable,
+    check, number, string, turns,
 )  # fmt: skip
 from jaxalign.data.rows import Rows, given, read, unclean
 from jaxalign.types import UserError
 
 __all__ = [
-    "Chat", "Completion", "Example", "Message", "Preference", "Prompt", "Ranking", "Rows", "Said", "Text",
+    "Chat", "Completion", "Example", "Label", "Message", "Preference", "Prompt", "Ranking", "Rows", "Said", "Text",
     "Unusable", "canonical", "detect", "given", "read",
 ]  # fmt: skip
 
@@ -40,6 +42,7 @@ SCHEMAS = {
     "chat": ("messages",),
     "preference": ("chosen", "rejected"),
     "ranking": ("prompt", "completions", "ranks"),
+    "label": ("prompt", "completion", "label"),
     "prompt": ("prompt",),
 }
 _ALIASES = {
@@ -48,6 +51,7 @@ _ALIASES = {
     "rejected": ("rejected", "rejected_messages"),
     "completions": ("completions", "responses"),
     "ranks": ("ranks", "ranking"),
+    "label": ("label", "score"),
 }
 _OTHER_PROMPTS = ("instruction", "question", "query", "input", "problem", "context")
 _ROLES = {"human": "user", "gpt": "assistant", "prompter": "user", "observation": "tool", "function": "tool", "function_call": "assistant"}
@@ -69,10 +73,7 @@ def detect(record: dict, where: str = "record") -> str:
             f"remove the others or say which (format={found[0]!r})"
         )
     if found in (["chat"], ["completion"]) and isinstance(record.get("label"), bool):
-        raise UserError(
-            f"{where}: 'label' makes this good or bad answer of a KTO set, and plain training would learn from the bad "
-            f"ones too; filter them and say format={found[0]!r}"
-        )
+        return "label"
     if found or "prompt" in record:
         return found[0] if found else "prompt"
     keys = [k for k in record if isinstance(k, str)]
@@ -149,6 +150,15 @@ def _ranking(record, where):
     return Ranking(prompt, tuple(answers), tuple(ranks))
 
 
+def _label(record, where):
+    label = number(_get(record, "label", where, "label"), where, "label" if "label" in record else "score")
+    if _has(record, "messages"):
+        messages = _chat(record, where).messages
+        return Label(*_follow(messages[:-1], [messages[-1:]], where), label)
+    said = _completion(record, where)
+    return Label(said.prompt, said.completion, label)
+
+
 def _preference(record, where):
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
@@ -197,6 +207,7 @@ _READERS = {
     "chat": _chat,
     "preference": _preference,
     "ranking": _ranking,
+    "label": _label,
     "prompt": _prompt_only,
 }
 

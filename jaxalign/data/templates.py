@@ -14,7 +14,7 @@ import itertools
 import re
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
-from jaxalign.data.examples import Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text
+from jaxalign.data.examples import Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Text
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.types import UserError
 
@@ -145,7 +145,7 @@ def segments(example: Example, template: Template) -> list[list[Segment]]:
             return [[Segment(text, True), Segment("", True, "stop")]]
         case Prompt(prompt):
             return [template.prompt(prompt)]
-        case Completion(prompt, completion):
+        case Completion(prompt, completion) | Label(prompt, completion):
             return [template.completion(prompt, completion)]
         case Chat(messages):
             return [template.conversation(messages)]

@@ -23,7 +23,7 @@ from jaxalign.models import heads, lora
 from jaxalign.rl import reference, rewards
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
-from jaxalign.types import Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
+from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
 from jaxalign.world import World, model_of
 
 
@@ -62,7 +62,7 @@ class Imagined:
         held = tree.flat(params)
         return tree.unflat({k: held.get(k.removesuffix("/base"), x) if not quantised else x for k, x in tree.flat(new).items()}), head
 
-    def source(self, w: World, c: ConfigDict, kind: str, batch: int) -> Source:
+    def source(self, w: World, c: ConfigDict, kind: str, batch: int, mismatched: bool = False) -> Source:
         def of(shape, dtype=np.int32):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=shard.batch_sharding(w.mesh))
 
@@ -83,6 +83,9 @@ class Imagined:
         if kind == "rankings":
             T, K = needed("max_len"), needed("max_k")
             return Source(Rankings(rows(batch, K, T), of((batch, K)), of((batch, K), np.float32)), T)
+        if kind == "labelled":
+            T = needed("max_len")
+            return Source(Labelled(rows(batch, T), one, one, *((rows(batch, T), one) if mismatched else ())), T)
         T = needed("max_prompt_len")
         return Source(Prompts(of((batch, T)), of((batch, T)), of((batch, T)), of((batch,))), T)
 
