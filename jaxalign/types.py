@@ -46,6 +46,7 @@ class Pairs(NamedTuple):
     ref_chosen: Array  # f32[B]; reference log-prob summed over the completion (0 until `rl.reference` fills it)
     ref_rejected: Array  # f32[B]
     margin: Array  # f32[B]; how much better (Llama 2); 0 when the data says nothing
+    probability: Array | None = None  # f32[B]; that the chosen one is the better one. None: it is, in every pair
 
 
 class SharedPairs(NamedTuple):
@@ -75,6 +76,13 @@ class Labelled(NamedTuple):
     # KTO's: the prompt of each row with the answer to another prompt. None where no objective asks for it.
     mismatched: Tokens | None = None  # leaves [B,T'], T' may differ from T
     ref_mismatched: Array | None = None  # f32[B]; as ref
+
+
+class Steps(NamedTuple):
+    """One answer per row, and what somebody said of its steps. ``rows.mask`` marks the last token of each step that was judged."""
+
+    rows: Tokens
+    label: Array  # f32[B,T]; at those tokens: 1 = right, 0 = wrong, or between
 
 
 class Prompts(NamedTuple):

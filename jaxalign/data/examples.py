@@ -49,6 +49,8 @@ class Preference:
     chosen: Said
     rejected: Said
     margin: float = 0.0
+    rating: str = ""  # how much better, in the labellers' words
+    probability: float = 1.0  # that the chosen one is the better one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +68,20 @@ class Label:
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    prompt: Said
+    steps: tuple[str, ...]  # joined as they are, they make the answer
+    labels: tuple[float | None, ...]  # 1 = right, 0 = wrong, or between; None: nobody said
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     prompt: Said
     record: dict
 
 
-Example = Union[Text, Completion, Chat, Preference, Ranking, Label, Prompt]
-EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Label, Prompt)
+Example = Union[Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt]
+EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt)
 
 
 class Unusable(UserError):
@@ -147,6 +156,16 @@ def check(example: Example, where: str) -> Example:
             _said(prompt, where, "prompt")
             _said(completion, where, "completion", answer=True)
             number(label, where, "label")
+        case Steps(prompt, steps, labels):
+            _said(prompt, where, "prompt")
+            if not steps or len(steps) != len(labels):
+                raise UserError(f"{where}: {len(steps)} steps but {len(labels)} labels")
+            for s in steps:
+                string(s, where, "steps")
+            if not all(x is None or 0 <= number(x, where, "labels") <= 1 for x in labels):
+                raise UserError(f"{where}: labels of steps lie between 0 (wrong) and 1 (right), or are null where nobody said; these are {list(labels)}")
+            if all(x is None for x in labels):
+                raise Unusable("unlabelled", f"{where}: no step has a label")
         case Preference(prompt, chosen, rejected):
             _said(prompt, where, "prompt")
             _said(chosen, where, "chosen", answer=True)

@@ -23,7 +23,7 @@ from jaxalign.models import heads, lora
 from jaxalign.rl import reference, rewards
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
-from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
+from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Steps, Tokens, Tree, UserError
 from jaxalign.world import World, model_of
 
 
@@ -86,6 +86,9 @@ class Imagined:
         if kind == "labelled":
             T = needed("max_len")
             return Source(Labelled(rows(batch, T), one, one, *((rows(batch, T), one) if mismatched else ())), T)
+        if kind == "steps":
+            T = needed("max_len")
+            return Source(Steps(rows(batch, T), of((batch, T), np.float32)), T)
         T = needed("max_prompt_len")
         return Source(Prompts(of((batch, T)), of((batch, T)), of((batch, T)), of((batch,))), T)
 
