@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
 from jaxalign.config import REWARDS, base, check_finite, family, imported, plain, stages
-from jaxalign.data import chosen, hub, sources, steps
+from jaxalign.data import chosen, hub, judged, sources
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
@@ -191,7 +191,7 @@ def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None 
 
 def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
     """A source over `path` as the data section says."""
-    make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "labelled": sources.labelled_source, "steps": steps.steps_source, "prompts": sources.prompts_source}
+    make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "labelled": sources.labelled_source, "steps": judged.steps_source, "prompts": sources.prompts_source}
     kind = kind or c.kind
     if w.imagined is not None:
         return w.imagined.source(w, c, kind, batch, mismatched=more.get("mismatched", False))

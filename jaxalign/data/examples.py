@@ -53,6 +53,24 @@ class Preference:
     probability: float = 1.0  # that the chosen one is the better one
 
 
+_UNSURE = dict.fromkeys(("negligibly better", "unsure", "negligibly better / unsure"), 0.0)
+# What a rating is worth as a margin (Llama 2, 2307.09288, table 27): `data.margins` names the column.
+MARGINS = {
+    "small": {"significantly better": 1.0, "better": 2 / 3, "slightly better": 1 / 3, **_UNSURE},
+    "large": {"significantly better": 3.0, "better": 2.0, "slightly better": 1.0, **_UNSURE},
+}
+
+
+def margin_of(example: Preference, margins: str) -> float:
+    """What the row says, or with `margins`, a key of MARGINS, what its rating is worth there."""
+    if not margins:
+        return example.margin
+    worth = MARGINS[margins].get(example.rating.strip().lower())
+    if worth is None:
+        raise UserError(f"data.margins {margins!r} reads the 'rating' of each row, and this one has {example.rating!r}; it must be one of {', '.join(MARGINS[margins])}")
+    return worth
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranking:
     prompt: Said

@@ -5,7 +5,7 @@
     chat        {"messages"}                                     (or ShareGPT's "conversations" of from / value)
     preference  {"chosen", "rejected"} and "prompt", or with the prompt as the common beginning of both: of two lists of
                 messages, of two HH-RLHF dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or of any two strings. It may bring a
-                "margin", a "rating" (see MARGINS), and the "probability" that the chosen one is better
+                "margin", a "rating" (see examples.MARGINS), and the "probability" that the chosen one is better
     ranking     {"prompt", "completions", "ranks"}               (or "responses", "ranking"); rank 0 is better than 1. "best",
                 one index, in place of the ranks: all others are equal
     label       {"prompt", "completion", "label"}, or {"messages", "label"}, whose last turn is meant: true, false or a number.
@@ -59,11 +59,6 @@ _ALIASES = {
     "label": ("label", "score"),
     "steps": ("steps", "completions"),
     "labels": ("labels", "ratings"),
-}
-# What a rating is worth as a margin (Llama 2, 2307.09288, table 27): `data.margins` names the column.
-MARGINS = {
-    "small": {"significantly better": 1.0, "better": 2 / 3, "slightly better": 1 / 3, "negligibly better": 0.0, "unsure": 0.0, "negligibly better / unsure": 0.0},
-    "large": {"significantly better": 3.0, "better": 2.0, "slightly better": 1.0, "negligibly better": 0.0, "unsure": 0.0, "negligibly better / unsure": 0.0},
 }
 _OTHER_PROMPTS = ("instruction", "question", "query", "input", "problem", "context")
 _ROLES = {"human": "user", "gpt": "assistant", "prompter": "user", "observation": "tool", "function": "tool", "function_call": "assistant"}
@@ -236,16 +231,6 @@ def _preference(record, where):
     if chosen == rejected:
         raise Unusable("identical", f"{where}: chosen and rejected are the same; remove the row")
     return Preference(prompt, chosen, rejected, float(margin), rating if isinstance(rating, str) else "", float(probability))
-
-
-def margin_of(example: Preference, margins: str) -> float:
-    """What the row says, or with `margins`, a key of MARGINS, what its rating is worth there."""
-    if not margins:
-        return example.margin
-    worth = MARGINS[margins].get(example.rating.strip().lower())
-    if worth is None:
-        raise UserError(f"data.margins {margins!r} reads the 'rating' of each row, and this one has {example.rating!r}; it must be one of {', '.join(MARGINS[margins])}")
-    return worth
 
 
 _READERS = {

@@ -15,8 +15,7 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 
 from jaxalign.data.corpus import Corpus, encode
-from jaxalign.data.examples import Chat, Completion, Label, Preference, Prompt, Ranking, Text
-from jaxalign.data.formats import margin_of
+from jaxalign.data.examples import Chat, Completion, Label, Preference, Prompt, Ranking, Text, margin_of
 from jaxalign.data.packing import Ragged, fill, fill_shared, fill_spliced, pack, share, splice
 from jaxalign.data.rows import Rows
 from jaxalign.data.templates import PLAIN, Template

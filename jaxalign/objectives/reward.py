@@ -132,6 +132,7 @@ def best(model: ScalarModel, *, centre: float = 0.0) -> Objective:
         B, K, T = batch.candidates.tokens.shape
         rows = jax.tree.map(lambda a: a.reshape(B * K, T), batch.candidates)
         r = model.reward(params, rows.tokens, rows.segments, rows.positions).reshape(B, K)
+        r = jnp.where(batch.valid > 0, r, 0.0)  # an empty slot may hold anything
         first = jnp.where(batch.valid > 0, batch.rank, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)
         top = batch.valid * (batch.rank == first)
         others = batch.valid - top
@@ -140,7 +141,7 @@ def best(model: ScalarModel, *, centre: float = 0.0) -> Objective:
         against = top[:, :, None] * others[:, None, :]
         terms = {"reward": Term((real * best_of(r, top, jnp.maximum(batch.valid, 1 - real[:, None]))).sum(), n)}
         if centre:
-            square = jnp.where(against > 0, centring(r[:, :, None], r[:, None, :]), 0.0)
+            square = against * centring(r[:, :, None], r[:, None, :])
             terms["centring"] = Term((square.sum((1, 2)) / jnp.maximum(against.sum((1, 2)), 1)).sum(), n, centre)
         r = jax.lax.stop_gradient(r)
         chosen = jnp.where(batch.valid > 0, r, -jnp.inf).argmax(1)

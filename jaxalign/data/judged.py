@@ -1,15 +1,17 @@
-"""Answers whose steps were judged -> batches of `types.Steps`."""
+"""Answers whose steps were judged -> batches of `types.Steps`; rankings taken apart into pairs."""
 
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
 from jaxalign.data.corpus import encode
+from jaxalign.data.examples import Preference, Ranking
 from jaxalign.data.examples import Steps as Judged
+from jaxalign.data.formats import canonical
 from jaxalign.data.packing import fill
-from jaxalign.data.rows import Rows
+from jaxalign.data.rows import Rows, given
 from jaxalign.data.sources import Offline, _offline, _padded
 from jaxalign.data.templates import PLAIN, Template
 from jaxalign.data.tokenizers import Tokenizer
@@ -65,3 +67,15 @@ def steps_source(
 
     options = dict(kind="steps", max_len=max_len)
     return _offline(make, len(first) - 1, corpus, options, batch_size, seed, shuffle, epochs, shard)
+
+
+def pairs_of(rows: Rows | Iterable[dict]) -> Iterator[Preference]:
+    """Every pair of every ranking that does not tie, as a row of its own, in order. A source over them shuffles the pairs of all
+    prompts: what InstructGPT (2203.02155, section 3.5) warns of, since each answer of a prompt is then seen K - 1 times an epoch."""
+    for record, where in given(rows):
+        example = canonical(record, where)
+        if not isinstance(example, Ranking):
+            yield example
+            continue
+        ranked = list(zip(example.ranks, example.completions))
+        yield from (Preference(example.prompt, a, b) for i, a in ranked for j, b in ranked if i < j and a != b)
