@@ -22,6 +22,7 @@ from jaxalign.data.templates import stop_ids
 from jaxalign.models import heads, lora, peft
 from jaxalign.objectives import ppo
 from jaxalign.objectives.preference import pair_logps
+from jaxalign.objectives.reward import AGGREGATE
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
@@ -97,6 +98,9 @@ class Stage:
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
+            if c.get("normalise") is not None and c.normalisation.before and points.latest() is None:
+                head = normalised(self, "reference", self.params if self.base is None else tree.merge(self.params, self.base))["head"]
+                self.params = {**self.params, "head": head}
             st, fn = self.begin()
             if adapts(c):
                 log.event("memory", **lora.memory(st.params, self.base, self.tx))
@@ -116,21 +120,38 @@ class Stage:
             return lora.merge(params)
 
     def finish(self, params: Tree) -> Tree:
-        """What is saved: for a reward model, with its scores of the candidates it was trained on at mean 0 and std 1."""
-        c, w = self.config, self.world
-        if not c.get("normalise"):
-            return params
-        from jaxalign.evals import policy
-
-        source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False)
-        scores = np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, w.mesh)])
-        return rewards.normalise(params, scores)
+        """What is saved: for a reward model, with the scores that its `normalisation` names at mean 0 and std 1."""
+        return normalised(self, self.config.normalisation.by, params) if self.config.get("normalise") else params
 
     def save(self, params: Tree) -> None:
         if self.adapted is not None and hasattr(self.world.model.family, "HF"):
             trunk, head = self.adapted.get("trunk", self.adapted), params.get("head")
             peft.save(self.workdir / "adapter", self.world.model, trunk, base=self.config.init or None, head=head, rs=self.config.adapter.rslora)
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
+
+
+def normalised(s: Stage, by: str, params: Tree) -> Tree:
+    """A reward model's params with gain and bias in the head: see `config.NORMALISATION`."""
+    from jaxalign.data import rows
+    from jaxalign.evals import policy
+
+    c, w, n = s.config, s.world, s.config.normalisation
+    if by == "candidates":
+        source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False)
+        labelled = c.data.kind == "labelled"
+        return rewards.normalise(params, policy.row_scores(s.model, params, source, w.mesh)[0] if labelled else np.concatenate([x for x, _ in policy.candidate_scores(s.model, params, source, w.mesh)]))
+    if not n.path:
+        raise UserError(f"{s.name}: normalisation.path is empty; name the file with {'demonstrations' if by == 'demonstrations' else 'prompts for the reference policy'} (JSONL)")
+    if by == "demonstrations":
+        longest = c.data.get("max_len") or s.source.report()["max_length"]
+        source = data_source(w, ConfigDict({"seq_len": longest, "packing": "pad", "too_long": "drop", "max_drop": c.data.max_drop}), n.path, c.data.batch_size, 0, shuffle=False, kind="tokens")
+        return rewards.normalise(params, policy.row_scores(s.model, params, source, w.mesh)[0], scale=False)
+    reference = load_params(w, n.policy or c.init, w.model.specs(), f"{s.name}.normalisation.policy")
+    records = [r for r, _ in rows.read(w.find(n.path))]
+    records = [records[i % len(records)] for i in range(n.samples)]  # of few prompts, several answers
+    how = sampling(w, ConfigDict({"max_new": n.max_new, "temperature": n.temperature}))
+    key = nn.fold(jax.random.key(w.config.seed), "normalise", s.name)
+    return rewards.normalise(params, policy.reference_scores(w.model, reference, how, prompt_rows(w, records, min(256, n.samples)), s.model, params, key, w.mesh))
 
 
 HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^[qv]/")  # what trains beside the adapters
@@ -193,6 +214,16 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
             for k, known in names.items():
                 if k in c.rl and c.rl[k] not in known:
                     raise UserError(f"rl.{k} {c.rl[k]!r} is unknown;{nearest(str(c.rl[k]), list(known))}")
+        if "normalisation" in c:
+            n = c.normalisation
+            if c.data.kind == "steps" and (c.normalise or n.before):
+                raise UserError("the scores of steps are log-odds, which gain and bias would spoil; leave normalise and normalisation.before false")
+            if n.by not in ("candidates", "reference", "demonstrations") or n.samples < 2:
+                raise UserError(f"normalisation.by {n.by!r} is candidates, reference or demonstrations, and normalisation.samples {n.samples} 2 or more")
+            if (n.before or c.normalise and n.by != "candidates") and not n.path:
+                raise UserError(f"normalisation.path is empty: name the file with {'demonstrations' if n.by == 'demonstrations' else 'prompts for the reference policy'} (JSONL)")
+            if n.before and n.by == "demonstrations":
+                raise UserError("normalisation.before samples the reference policy for the prompts of normalisation.path, and by 'demonstrations' reads answers there; choose one")
         adapter(c)
         return optim.Optim(**plain(c.optim)), run.Loop(**plain(c.train))
     except UserError as e:
@@ -208,14 +239,18 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     m = method(kind, c.data.kind)
     options = {k: v for k, v in plain(c.objective).items() if k != "name"}
     key = nn.fold(jax.random.key(seed), "init", name)
-    trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
+    started = kind in REWARDS and c.init and w.imagined is None and checkpoint.holds(w.find(c.init), "head")  # goes on with a reward model
+    trunk = load_params(w, c.init, (heads.Scalar(w.scored.model) if started else w.model).specs(), f"{name}.init") if c.init else None
+    trunk, first = (trunk["trunk"], trunk["head"]) if started else (trunk, None)
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
     prepare = lambda b: b
 
     if kind not in (*REWARDS, "masked_lm") and kind in OBJECTIVES and not getattr(w.model, "causal", True):
         raise UserError(f"{name}: this model reads both ways and writes nothing; it can be trained with masked_lm, {' or '.join(REWARDS)}")
-    if kind in REWARDS and w.scored is not w:
+    if kind in REWARDS and w.scored is not w and started:
+        w = w.scored
+    elif kind in REWARDS and w.scored is not w:
         w, whole = w.scored, {} if trunk is None else tree.flat(trunk)
         fresh = tree.flat(draw(w.model.specs(), "trunk"))  # a pooler that no masked-LM head has
         trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
@@ -226,7 +261,9 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         if kind in REWARDS:
             model = heads.Scalar(w.model)
             trunk = trunk if trunk is not None else draw(w.model.specs(), "trunk")
-            params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head"))))
+            if c.head:
+                key = nn.fold(jax.random.key(seed), "init", c.head)
+            params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head") if first is None else first)))
         elif m.twins is not None:
             model = heads.Guided(w.model, m.twins)
             trunk = trunk if trunk is not None else draw(w.model.specs(), "policy")
@@ -237,7 +274,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         share = objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh)
         cost = lambda *x: branches.cost(model.config.dim, *x)
         how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {"mismatched": True} if objective.mismatched else {}
-        source = data_source(w, c.data, c.data.path, batch, seed, **how)
+        source = data_source(w, c.data, c.data.path, batch, seed + 1_000_003 * c.data.get("order", 0), **how)
         longest = c.data.get("seq_len") or source.report()["max_length"]
         if "reference" in c and not (c.reference or c.init):
             if kind in OBJECTIVES:
@@ -327,17 +364,24 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if named and rl.get("judge"):
         raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
-    if rl.combine not in rewards.COMBINE:
-        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
+    if rl.combine not in (known := [*rewards.COMBINE, "weights"]) or rl.steps not in ("", *AGGREGATE):
+        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, list(AGGREGATE))}")
     if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.get("reward_weights"):
         raise UserError(f"{name}: rl.combine apart keeps rewards apart; say how they add up, by rl.reward_weights or rl.scale_rewards {', '.join(SEVERAL)}")
     learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
+    if rl.combine == "weights":
+        if len(learned) < len(named):
+            raise UserError(f"{name}: rl.combine weights averages reward models, and {[r for r in named if r not in learned]} are functions; choose another way, or leave them out")
+        learned = {named[0]: rewards.averaged(list(learned.values())) if w.imagined is None else learned[named[0]]}
+        named = named[:1]
     # Not their heads: scores are compared at a finer grain than bf16 has.
     cast = (lambda x: x.astype(c.frozen_dtype)) if w.imagined is None else lambda x: jax.ShapeDtypeStruct(x.shape, c.frozen_dtype, sharding=x.sharding)
     learned = {r: {**p, "trunk": jax.tree.map(cast, p["trunk"])} for r, p in learned.items()}
     if w.imagined is not None:
         w.imagined.judges = list(learned.values())
-    one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
+    breaks = rewards.line_breaks(w.tokenizer.decode, w.tokenizer.vocab_size, model.config.vocab) if rl.steps and w.imagined is None else np.zeros(model.config.vocab, bool)
+    judge = lambda p: rewards.process(scalar, p, breaks, rl.steps) if rl.steps else rewards.learned(scalar, p)
+    one = lambda r: judge(learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
     scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty) if named else judges.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]

@@ -50,6 +50,9 @@ OBJECTIVES: dict[str, Method] = {
     "masked_lm": Method(lm.masked, "tokens"),
     "reward": Method(reward.rankings, "rankings"),
     "reward_pairs": Method(reward.pairs, "pairs"),
+    "reward_best": Method(reward.best, "rankings"),
+    "reward_regression": Method(reward.scores, "labelled"),
+    "reward_steps": Method(reward.steps, "steps"),
     "dpo": Method(preference.dpo, "pairs"),
     "cdpo": Method(preference.cdpo, "pairs"),
     "ipo": Method(preference.ipo, "pairs"),
@@ -115,7 +118,8 @@ OBJECTIVES: dict[str, Method] = {
 FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
 # What an objective or an experience takes from the sampling section, the tokenizer (ids that are special) and rl (updates of a rollout).
 OF_SAMPLING = ("temperature", "max_new", "special", "updates")
-REWARDS = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
+REWARDS = ("reward", "reward_pairs", "reward_best", "reward_regression", "reward_steps")  # trained on a trunk with a scalar head
+COMPARED = ("reward", "reward_pairs", "reward_best")  # of these: from comparisons, which fix neither the scores' origin nor their scale
 
 # What the data section of each kind of batch has besides what they all have.
 KINDS = {
@@ -123,8 +127,22 @@ KINDS = {
     "pairs": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
     "rankings": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_k": config_dict.placeholder(int)},
     "labelled": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
+    "steps": {"eval_path": "", "max_len": config_dict.placeholder(int)},
     "prompts": {"max_prompt_len": config_dict.placeholder(int)},
     "trajectories": {"eval_path": "", "max_len": config_dict.placeholder(int), "top": 1.0, "standardise": False},
+}
+
+# Of reward models: what their scores are measured against. Gain and bias are folded into the head.
+NORMALISATION = {
+    # at the end: the answers that were trained on, of which "candidates" get mean 0 and std 1; samples of the "reference" policy, the
+    # same; or "demonstrations", mean 0 and the scale as it is
+    "by": "candidates",
+    "before": False,  # also before training, by samples of the reference
+    "path": "",  # prompts for the reference, or demonstrations
+    "policy": "",  # the reference; "": the stage's own init
+    "samples": 256,
+    "max_new": 64,
+    "temperature": 1.0,
 }
 
 # Of every stage: low-rank matrices beside frozen weights.
@@ -230,7 +248,12 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     if kind == "pairs" and objective not in REWARDS or kind == "prompts" and not critic and m.experience is experience.group_experience:
         c["data"]["share_prompt"] = True  # what answers one prompt stands with it in one row, where that is exact and costs less
     if objective in REWARDS:
-        c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
+        c["normalise"] = objective in COMPARED  # at the end; the others predict what people said, in its own unit
+        c["normalisation"] = dict(NORMALISATION)
+        c["head"] = ""  # the stage with whose drawn head this one starts; "": its own. Members whose weights are averaged share one
+        c["data"]["order"] = 0  # another number: the same rows in another order, for the members of an ensemble
+        if objective == "reward_pairs":
+            c["data"]["margins"] = ""  # small or large: a row's "rating" becomes a margin (`data.formats.MARGINS`)
     elif kind in ("pairs", "labelled", "rankings") and m.reference:
         c["reference"] = ""  # "": the stage's own init
         c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
@@ -241,8 +264,9 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
             # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
             # with commas, are an ensemble.
             "reward": "",
-            "combine": "mean",  # of an ensemble: mean | min | mean_less_variance
-            "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance
+            "combine": "mean",  # of an ensemble: mean | min | median | mean_less_variance | mean_less_std | weights (one model: the mean of all weights)
+            "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance, mean_less_std per unit of standard deviation
+            "steps": "",  # of a process reward model: min | product | last, what its steps' scores make; "": models of whole answers
             "reference": "",  # "": the stage's own init
             "epochs": 4 if critic else 1,
             "minibatches": 1,

@@ -46,6 +46,7 @@ class Pairs(NamedTuple):
     ref_chosen: Array  # f32[B]; reference log-prob summed over the completion (0 until `rl.reference` fills it)
     ref_rejected: Array  # f32[B]
     margin: Array  # f32[B]; how much better (Llama 2); 0 when the data says nothing
+    probability: Array | None = None  # f32[B]; that the chosen one is the better one. None: it is, in every pair
 
 
 class SharedPairs(NamedTuple):
@@ -86,6 +87,13 @@ class Trajectories(NamedTuple):
     positions: Array  # i32[B,T]
     rewards: Array  # f32[B,T]; at the action that earns it, 0 elsewhere
     terminal: Array  # f32[B]; 0 = cut off: the episode would have gone on after its last token
+
+
+class Steps(NamedTuple):
+    """One answer per row, and what somebody said of its steps. ``rows.mask`` marks the last token of each step that was judged."""
+
+    rows: Tokens
+    label: Array  # f32[B,T]; at those tokens: 1 = right, 0 = wrong, or between
 
 
 class Prompts(NamedTuple):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
 from jaxalign.config import REWARDS, base, check_finite, family, imported, plain, stages
-from jaxalign.data import chosen, hub, sources, trajectories
+from jaxalign.data import chosen, hub, judged, sources, trajectories
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
@@ -193,7 +193,7 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     """A source over `path` as the data section says."""
     make = {
         "tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "labelled": sources.labelled_source,
-        "prompts": sources.prompts_source, "trajectories": trajectories.trajectories_source,
+        "steps": judged.steps_source, "prompts": sources.prompts_source, "trajectories": trajectories.trajectories_source,
     }  # fmt: skip
     kind = kind or c.kind
     if w.imagined is not None:
@@ -201,7 +201,7 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     if not path:
         raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
     paths = [w.find(p) for p in path.split(",")]
-    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop", "top", "standardise") if k in c and k not in more and k in inspect.signature(make[kind]).parameters}
+    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop", "top", "standardise", "margins") if k in c and k not in more and k in inspect.signature(make[kind]).parameters}
     if ":" in (form := c.get("format") or ""):
         form = imported(form)  # record -> example
     skip = c.get("on_bad_row") == "skip"

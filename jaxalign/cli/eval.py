@@ -105,6 +105,7 @@ def _reward(w, world, c, name: str) -> dict:
     from jaxalign import build
     from jaxalign.data import rows
     from jaxalign.evals import policy, stats
+    from jaxalign.evals.calibration import calibration
     from jaxalign.models import heads
 
     w = w.scored
@@ -124,7 +125,7 @@ def _reward(w, world, c, name: str) -> dict:
         "interval": list(stats.bootstrap(correct, groups)),
         "pairs": len(margins),
         "prompts": int(groups.max()) + 1,
-        **stats.calibration(margins, np.zeros_like(margins))._asdict(),
+        **calibration(margins, np.zeros_like(margins))._asdict(),
     }
     if world is not None:
         records = [r for r, _ in rows.read(w.find(c.data.eval_path))]

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from jaxalign.data.examples import Chat, Completion, Example, Label, Preference, Prompt, Ranking, Text, Trajectory, Unusable
+from jaxalign.data.examples import Chat, Completion, Example, Label, Preference, Prompt, Ranking, Steps, Text, Trajectory, Unusable
 from jaxalign.data.formats import canonical
 from jaxalign.data.packing import Ragged
 from jaxalign.data.rows import Rows, given
@@ -145,7 +145,7 @@ def _as(kinds: tuple[type, ...], example: Example, record: Any, where: str) -> E
         return _as(kinds, example.said, record, where)
     if Prompt in kinds:
         record = record if isinstance(record, dict) else {}
-        if isinstance(example, (Completion, Preference, Ranking, Label)):
+        if isinstance(example, (Completion, Preference, Ranking, Label, Steps)):
             return Prompt(example.prompt, record)
         if isinstance(example, Chat):
             return Prompt(example.messages[:-1], record)

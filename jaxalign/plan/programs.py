@@ -24,7 +24,7 @@ from jaxalign.models import heads, lora
 from jaxalign.rl import reference, rewards
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
-from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Tokens, Trajectories, Tree, UserError
+from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Steps, Tokens, Trajectories, Tree, UserError
 from jaxalign.world import World, model_of
 
 
@@ -90,6 +90,9 @@ class Imagined:
         if kind == "trajectories":
             T = needed("max_len")
             return Source(Trajectories(*rows(batch, T), of((batch, T), np.float32), one), T)
+        if kind == "steps":
+            T = needed("max_len")
+            return Source(Steps(rows(batch, T), of((batch, T), np.float32)), T)
         T = needed("max_prompt_len")
         return Source(Prompts(of((batch, T)), of((batch, T)), of((batch, T)), of((batch,))), T)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import shard
+from jaxalign.objectives.reward import AGGREGATE, step_ends
 from jaxalign.types import Prompts, Rollout, ScalarModel, Tree, UserError
 
 
@@ -35,13 +36,48 @@ def _where(what: str, scorer: Callable) -> Callable:
     return scorer
 
 
-# How the scores f32[M,B] of M models become one (Coste et al. 2023, 2310.02743, section 3): mean; worst case; mean less
-# `uncertainty` times the variance between models.
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def step_scores(model: ScalarModel, params: Tree, rows, breaks, aggregate: str = "min") -> jax.Array:
+    """f32[B]: a process reward model's probability that an answer is right, from those of its steps (`objectives.reward.AGGREGATE`).
+    rows: anything with tokens, mask (1 on the answer), segments and positions; breaks bool[V]: see `objectives.reward.step_ends`."""
+    scores = model.scores(params, rows.tokens, rows.segments, rows.positions)
+    return AGGREGATE[aggregate](scores, step_ends(rows.tokens, rows.mask, breaks))
+
+
+def process(model: ScalarModel, params: Tree, breaks, aggregate: str = "min") -> Callable:
+    """Scores whole answers by the steps that a process reward model sees in them."""
+    return _where("device", lambda rollout, prompts: step_scores(model, params, rollout, breaks, aggregate))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step_rewards(model: ScalarModel, params: Tree, rows, breaks) -> jax.Array:
+    """f32[B,T]: at the end of each step the probability that it is right, 0 elsewhere: rewards token by token, for who makes an
+    experience of them (Lightman et al. 2305.20050; Uesato et al. 2211.14275)."""
+    scores = model.scores(params, rows.tokens, rows.segments, rows.positions)
+    return jax.nn.sigmoid(scores) * step_ends(rows.tokens, rows.mask, breaks)
+
+
+def line_breaks(decode: Callable, vocab: int, size: int) -> np.ndarray:
+    """bool[size]: the ids, of `vocab` that a tokenizer has, whose text holds a line break."""
+    return np.array([i < vocab and "\n" in decode([i]) for i in range(size)])
+
+
+def averaged(members: Sequence[Tree]) -> Tree:
+    """The mean of the weights of models fine-tuned from one start, heads included (WARM, Rame et al. 2401.12187, eq. 2): one
+    forward, where an ensemble takes as many as it has members."""
+    return jax.tree.map(lambda *x: (sum(a.astype(jnp.float32) for a in x) / len(x)).astype(x[0].dtype), *members)
+
+
+# How the scores f32[M,B] of M models become one: mean, worst case, mean less `uncertainty` times the variance between models (Coste
+# et al. 2023, 2310.02743, section 3); median; mean less `uncertainty` times the standard deviation, a lower confidence bound
+# (Eisenstein et al. 2312.09244). Each model's scores should have mean 0 and std 1 on the same samples: see `normalise`.
 COMBINE: dict[str, Callable] = {
     "mean": lambda s, uncertainty: s.mean(0),
     "min": lambda s, uncertainty: s.min(0),
     "apart": lambda s, uncertainty: s.T,  # f32[B,M]: rewards that are no ensemble, for advantages of several (`rl.experience.group_experience`)
+    "median": lambda s, uncertainty: jnp.median(s, 0),
     "mean_less_variance": lambda s, uncertainty: s.mean(0) - uncertainty * s.var(0),
+    "mean_less_std": lambda s, uncertainty: s.mean(0) - uncertainty * s.std(0),
 }
 
 
