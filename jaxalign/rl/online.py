@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxalign import shard, tree
 from jaxalign.ops import nn
+from jaxalign.rl import rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.engine import generate
 from jaxalign.rl.rollout import Sampling
@@ -47,7 +48,7 @@ def interleaved(rollout: Rollout, other: Rollout, *, group: int) -> Rollout:
 
 def as_dict(batch: Any) -> Any:
     """Nested NamedTuples as nested dicts, without what is None: for a checkpoint."""
-    return {k: as_dict(x) for k, x in batch._asdict().items() if x is not None} if hasattr(batch, "_asdict") else batch
+    return {k: as_dict(x) for k, x in batch._asdict().items() if x is not None and not (isinstance(x, dict) and not x)} if hasattr(batch, "_asdict") else batch
 
 
 def from_dict(kind: type, d: dict) -> Any:
@@ -167,10 +168,11 @@ class OnlineSource:
         entry = self._queue.pop(0)
         rollout = self._here(entry["rollout"])
         with self.phase("score"):
-            scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
+            scored = rewards.scored(_result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None))
+            scores = scored.scores
         with self.phase("experience"):
             self.experience, metrics = self.experience_of(params, self.reference, rollout, scores, self.beta)
-            self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            self._metrics = {k: float(v) for k, v in jax.device_get({**metrics, **rewards.summary(scored._replace(scores=None))}).items()}
         if self.staleness:
             self._metrics["staleness"] = float(self.iteration - entry["born"])
         self.beta = self.kl.update(self.beta, self._metrics.get("objective/kl", 0.0), rollout.tokens.shape[0])
@@ -178,7 +180,7 @@ class OnlineSource:
         self.iteration, self.used = self.iteration + 1, 0
 
     def _show(self, rollout, scores, n: int = 2):
-        r = [shard.to_local(x)[:n] for x in (rollout.tokens, rollout.mask, rollout.segments, scores)]
+        r = [shard.to_local(x)[:n] for x in (rollout.tokens, rollout.mask, rollout.segments, scores if scores.ndim == 1 else scores.sum(1))]
         return [{"prompt": self.decode(t[(m == 0) & (s != 0)]), "completion": self.decode(t[m > 0]), "score": float(c)} for t, m, s, c in zip(*r)]
 
     # -- the source -------------------------------------------------------------------------------------------------
@@ -204,6 +206,10 @@ class OnlineSource:
         """A few rollouts of this process, in the step that collected them."""
         return self._samples
 
+    def events(self) -> list[dict]:
+        """What happened since last time that a reader of the run should know: rewards that failed."""
+        return [e for x in (self.scorer, self.play) for e in getattr(x, "events", list)()]
+
     def state_dict(self) -> dict:
         d = {"prompts": self.prompts.state_dict(), "iteration": self.iteration, "used": self.used, "beta": self.beta}
         if self.mix is not None:
@@ -214,7 +220,7 @@ class OnlineSource:
         if self._queue:
             d["born"] = [e["born"] for e in self._queue]
             for i, e in enumerate(self._queue):
-                scores = {"scores": _result(e["scores"])} if "scores" in e else {}
+                scores = {"scores": as_dict(_result(e["scores"]))} if "scores" in e else {}
                 arrays[f"rollout_{i}"] = {**self._here(e["rollout"])._asdict(), **scores}
         return {**d, "arrays": arrays} if arrays else d
 
@@ -228,8 +234,9 @@ class OnlineSource:
         self._queue = []
         for i, born in enumerate(d.get("born", ())):
             fields = dict(arrays[f"rollout_{i}"])
-            scores = {"scores": fields.pop("scores")} if "scores" in fields else {}
-            self._queue.append({"born": born, "rollout": Rollout(**fields), **scores})
+            scores = fields.pop("scores", None)
+            scores = rewards.Scored(**scores) if isinstance(scores, dict) else scores
+            self._queue.append({"born": born, "rollout": Rollout(**fields), **({} if scores is None else {"scores": scores})})
 
 
 def _result(scores):
