@@ -26,7 +26,7 @@ from jaxalign.objectives.reward import AGGREGATE
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
-from jaxalign.rl import experience, judges, masking, online, reinforce, rewards
+from jaxalign.rl import environment, experience, judges, masking, online, reinforce, rewards
 from jaxalign.rl.control import KL, SCORE_SCALES, ScoreScale
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
@@ -172,6 +172,8 @@ def _settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
     out = {k: v for k, v in plain(c).items() if k != "reference_cache"}
     out["optim"].pop("offload")  # where the state lies, like the mesh
+    for k in ("reward_timeout", "reward_workers"):  # how long somebody waits for a score, not which it is
+        out.get("rl", {}).pop(k, None)
     out["data"] = {k: v for k, v in out["data"].items() if k not in ("path", "eval_path")}
     return {**out, "train": {"steps": c.train.steps}, "model": plain(config.model), "seed": config.seed}
 
@@ -198,6 +200,8 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
             raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
+            rewards.Limits(c.rl.reward_timeout, c.rl.reward_workers, c.rl.on_reward_error)
+            environment.check(c.rl.environment, c.rl.turns, c.rl.context, c.sampling.max_new, bool(c.rl.reward), bool(c.rl.rollout_devices))
             if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.get("importance_cap") is not None and c.rl.importance_cap <= 0):
                 raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.get('importance_cap')} above 0")
             answers = batch * c.rl.get("group", 1)
@@ -256,7 +260,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
     if "rl" in c:
         model, objective, source, params = _make_online(w, name, c, m, options, trunk, draw, key, frozen)
-        longest = source.prompts.report()["max_length"] + c.sampling.max_new
+        longest = c.rl.context or source.prompts.report()["max_length"] + c.sampling.max_new
     else:
         if kind in REWARDS:
             model = heads.Scalar(w.model)
@@ -360,7 +364,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
-    if not named and not rl.get("judge"):
+    if not named and not rl.get("judge") and not rl.environment:
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if named and rl.get("judge"):
         raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
@@ -368,6 +372,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, list(AGGREGATE))}")
     if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.get("reward_weights"):
         raise UserError(f"{name}: rl.combine apart keeps rewards apart; say how they add up, by rl.reward_weights or rl.scale_rewards {', '.join(SEVERAL)}")
+    if rl.weights and (len(rl.weights) != len(named) or rl.combine != "mean"):
+        raise UserError(f"{name}: rl.weights {tuple(rl.weights)} are those of a sum: one for each of the {len(named)} names of rl.reward, and rl.combine left at mean")
     learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
     if rl.combine == "weights":
         if len(learned) < len(named):
@@ -381,13 +387,20 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         w.imagined.judges = list(learned.values())
     breaks = rewards.line_breaks(w.tokenizer.decode, w.tokenizer.vocab_size, model.config.vocab) if rl.steps and w.imagined is None else np.zeros(model.config.vocab, bool)
     judge = lambda p: rewards.process(scalar, p, breaks, rl.steps) if rl.steps else rewards.learned(scalar, p)
-    one = lambda r: judge(learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
-    scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty) if named else judges.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
+    limits = rewards.Limits(rl.reward_timeout, rl.reward_workers, rl.on_reward_error)
+    one = lambda r, short: judge(learned[r]) if r in learned else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
+    if named or rl.environment:
+        scorer = rewards.several({short: one(r, short) for r, short in zip(named, rewards.short_names(named))}, tuple(rl.weights), rl.combine, rl.uncertainty)
+    else:
+        scorer = judges.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]
-    check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
+    if rl.environment:
+        check_length(model, rl.context, f"{name}: rl.context")
+    else:
+        check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
     special = tuple(sorted({*stop_ids(w.tokenizer, w.template), w.tokenizer.bos_id, w.tokenizer.eos_id, w.tokenizer.pad_id} - {None}))
-    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new, "special": special, "updates": rl.epochs * rl.minibatches}
+    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new * (rl.turns if rl.environment else 1), "special": special, "updates": rl.epochs * rl.minibatches}
     takes = lambda f: {k: of_sampling[k] for k in OF_SAMPLING if k in fields(f)}
     maker, options = functools.partial(maker, **takes(maker)), {k: v for k, v in options.items() if k not in OF_SAMPLING}
     make = experience_of(m)
@@ -417,14 +430,19 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         shaping["group"] = rl.group
         if rl.epochs * rl.minibatches == 1 and shaping.get("old_logp") == "forward" and shaping["importance_cap"] is None:
             shaping["old_logp"] = "current"
-        if c.data.get("share_prompt") and shares_prompt(model, w.mesh):
+        if c.data.get("share_prompt") and shares_prompt(model, w.mesh) and not rl.environment:
             parts = rl.minibatches * max(c.data.accumulate, 1) * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
-        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
+        whole = lambda scores: scores if scores.ndim == 1 or rl.combine == "apart" else scores.sum(1)  # of each answer: without a critic nothing tells its tokens apart
+        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, whole(scores), **shaping)
         how |= dict(group=rl.group, kind=m.batch, rival=m.rival and functools.partial(m.rival, **{k: rl[k] for k in fields(m.rival)}), rounds=rl.get("dynamic_rounds", 0))
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
+    if rl.environment:
+        if m.rival:
+            raise UserError(f"{name}: {c.objective.name} compares with the answer of a rival, who takes no turns; leave rl.environment empty")
+        how["play"] = environment.Play(imported(rl.environment), model, sampler, w.tokenizer, w.template, w.mesh, turns=rl.turns, context=rl.context, group=rl.get("group", 1), seconds=rl.reward_timeout)
     return model, objective, online.OnlineSource(prompts, actor, scorer, sampler, w.mesh, step_of, **how), params
 
 

@@ -262,11 +262,18 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     if kind == "prompts":
         c["rl"] = {
             # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
-            # with commas, are an ensemble.
+            # with commas, are an ensemble, or with weights a sum.
             "reward": "",
+            "weights": (),  # of a sum, one for each reward
             "combine": "mean",  # of an ensemble: mean | min | median | mean_less_variance | mean_less_std | weights (one model: the mean of all weights)
             "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance, mean_less_std per unit of standard deviation
             "steps": "",  # of a process reward model: min | product | last, what its steps' scores make; "": models of whole answers
+            "reward_timeout": 60.0,  # seconds for one call of a reward function, which then runs in a process of its own; 0: in this one, without a limit
+            "reward_workers": 1,  # such processes, which score rows side by side
+            "on_reward_error": "error",  # error | nan (no score for that row) | a number (that score)
+            "environment": "",  # "package.module:Class" to take turns with, in place of rl.reward (`rl.environment`)
+            "turns": 1,  # of the policy in a conversation with an environment, at most
+            "context": 0,  # tokens of a whole conversation, at most
             "reference": "",  # "": the stage's own init
             "epochs": 4 if critic else 1,
             "minibatches": 1,
