@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, has_teacher, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
 from jaxalign.ops import branches, nn
@@ -29,7 +29,7 @@ from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, opened, prompt_rows, sampling, shown, trained, world
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -40,14 +40,14 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
     def sums(params, frozen, aux, batch, key):
         full = tree.merge(params, frozen["base"]) if "base" in frozen else params
         stats = {k: step.mean(*v) for k, v in objective.stats(full, frozen, aux, batch).items()} if objective.stats else {}
-        out = objective.loss(full, frozen, aux, batch, key, stats)
+        out = (objective.held_out or objective.loss)(full, frozen, aux, batch, key, stats)
         return {**out.metrics, **{f"loss/{k}": (t.total, t.weight) for k, t in out.terms.items()}}
 
     def evaluate(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
         params = state.averaged(s)
         for batch in sources.eval_batches(source):
-            out = sums(params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
+            out = sums(params, {k: v for k, v in frozen.items() if k != "base"} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
             for k, v in jax.device_get(out).items():
                 total[k] = total.get(k, 0.0) + np.array(v, np.float64)
         tokens = {"tokens": float(total["nll"][1])} if counts else {}
@@ -99,7 +99,7 @@ class Stage:
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=self.flops_per_token, trace=trace,
-                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
+                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}) | ({"teacher": state.fingerprint(self.frozen["teacher"])} if "teacher" in self.frozen else {}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = state.averaged(st)
@@ -171,11 +171,11 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
             raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
-            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
-                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
+            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.get("importance_cap") is not None and c.rl.importance_cap <= 0):
+                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.get('importance_cap')} above 0")
             if c.rl.rollout_devices and batch * group % c.rl.rollout_devices:
                 raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {batch * group} answers of a rollout")
-            if "group" in c.rl and c.rl.group < 2:
+            if "group" in c.rl and c.rl.group < min(2, method(c.objective.name).group):
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
             for k, known in {"kl_estimator": KL_ESTIMATORS, "scale_rewards": GROUP_ADVANTAGES, "old_logp": experience.OLD_LOGP[:2]}.items():
                 if k in c.rl and c.rl[k] not in known:
@@ -199,6 +199,9 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
     prepare = lambda b: b
+    if "teacher" in c:
+        teacher, frozen["teacher"] = _teacher(w, name, c)
+        options["teacher"] = teacher
 
     if kind not in (*REWARDS, "masked_lm") and kind in OBJECTIVES and not getattr(w.model, "causal", True):
         raise UserError(f"{name}: this model reads both ways and writes nothing; it can be trained with masked_lm, {' or '.join(REWARDS)}")
@@ -248,7 +251,22 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest, source))
+    work = _flops(w, c, kind, longest, source)
+    if work and (taught := options.get("teacher") and flops.of(options["teacher"], longest)):
+        work += taught.forward()
+    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, work)
+
+
+def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
+    """(model, weights) of `teacher`: of its own family and shape, with the student's vocabulary."""
+    if not c.teacher:
+        raise UserError(f"{name}: {c.objective.name} needs a teacher; set teacher to a stage, a run directory or a Hugging Face directory")
+    where = w.find(c.teacher)
+    theirs = w if w.imagined is not None and not Path(where).exists() else opened(where)[0]  # a plan may name what is not there yet
+    if theirs.tokenizer.fingerprint != w.tokenizer.fingerprint:
+        raise UserError(f"{name}: the teacher {c.teacher!r} has another tokenizer than the student, so its probabilities are of other tokens; set tokenizer.path to the teacher's")
+    theirs = dataclasses.replace(theirs, mesh=w.mesh, rules=w.rules, imagined=w.imagined)
+    return theirs.model, load_params(theirs, str(Path(where).absolute()), theirs.model.specs(), f"{name}.teacher", c.frozen_dtype)
 
 
 def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> float | None:
@@ -274,7 +292,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
-    if not named:
+    if not named and "teacher" not in c:
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if rl.combine not in rewards.COMBINE:
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
@@ -285,7 +303,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if w.imagined is not None:
         w.imagined.judges = list(learned.values())
     one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
-    scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
+    scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty) if named else rewards.none
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]
     check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")

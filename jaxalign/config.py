@@ -19,13 +19,13 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import grpo, lm, ppo, preference, reward
+from jaxalign.objectives import distill, grpo, lm, ppo, preference, reward, span
 from jaxalign.ops import quant
 from jaxalign.rl import experience
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import optim, run
-from jaxalign.types import GroupExperience, Objective, UserError
+from jaxalign.types import GroupExperience, Objective, Tokens, UserError
 
 class Method(NamedTuple):
     """What a config's objective name stands for."""
@@ -44,6 +44,10 @@ class Method(NamedTuple):
 OBJECTIVES: dict[str, Method] = {
     "lm": Method(lm.lm, "tokens"),
     "masked_lm": Method(lm.masked, "tokens"),
+    "dft": Method(lm.dft, "tokens"),
+    "span_corruption": Method(span.span_corruption, "tokens"),
+    "distill": Method(distill.distill, "tokens"),
+    "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1),
     "reward": Method(reward.rankings, "rankings"),
     "reward_pairs": Method(reward.pairs, "pairs"),
     "dpo": Method(preference.dpo, "pairs"),
@@ -174,7 +178,9 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     elif kind == "pairs" and m.reference:
         c["reference"] = ""  # "": the stage's own init
         c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
-    if kind in ("pairs", "prompts") and objective not in REWARDS:
+    if has_teacher(maker):
+        c["teacher"] = ""  # a stage, run directory or HF directory: whose distribution is learned
+    if (kind in ("pairs", "prompts") or has_teacher(maker)) and objective not in REWARDS:
         c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         c["rl"] = {
@@ -217,6 +223,11 @@ def method(name: str, kind: str = "tokens") -> Method:
 def has_critic(maker: Callable) -> bool:
     """Whether an objective's maker takes a value network, as PPO's does: else its batches are what `Method.experience` makes."""
     return "value" in inspect.signature(maker).parameters
+
+
+def has_teacher(maker: Callable) -> bool:
+    """Whether an objective's maker takes a second model, whose frozen weights it learns from."""
+    return "teacher" in inspect.signature(maker).parameters
 
 
 def adapts(c: ConfigDict) -> bool:

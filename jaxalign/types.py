@@ -144,6 +144,7 @@ class Objective:
     init_aux: Callable[[Tree], Tree] | None = None
     update_aux: Callable[..., Tree] | None = None  # (aux, params, metrics, step) -> aux, once after each update
     whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
+    held_out: Callable[..., Loss] | None = None  # the loss where nothing is trained: without the noise of training
     shared: bool = False  # reads `SharedPairs` as well as `Pairs`
 
 

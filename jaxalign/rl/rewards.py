@@ -54,6 +54,14 @@ def ensemble(scorers: Sequence[Callable], combine: str = "mean", uncertainty: fl
     return _where("device" if alike else "", lambda rollout, prompts: together([s(rollout, prompts) for s in scorers]))
 
 
+def none(rollout: Rollout, prompts: Prompts) -> jax.Array:
+    """f32[B]: 0, where nobody scores."""
+    return jnp.zeros_like(rollout.truncated)
+
+
+none.where = "device"
+
+
 def python(fn: Callable[[str, str, dict], float], decode: Callable, mesh) -> Callable:
     """Scores by ``fn(prompt, completion, record) -> float``; each process scores its own rows.
 
