@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.ops.logprob import ROWS, STATES, _asked, _chunk, _cut, _gathered, _grads, _hot, _join, _logits, _back, _scaled, _softmax, _split, _states, _zeros
+from jaxalign.ops.logprob import ROWS, STATES, _asked, _chunk, _cut, _gathered, _grads, _back, _hot, _logits, _scaled, _softmax, _split, _states, _zeros
 from jaxalign.ops.nn import Unembed, wide
 
 
