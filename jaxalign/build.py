@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
 from jaxalign.ops import branches, nn
@@ -243,6 +243,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     if c.data.get("eval_path") and "rl" not in c:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
+    if w.imagined is None and kind not in REWARDS and "watch" in (w.config.get("world") or {}):
+        evaluate = _watched(w, name, c, frozen, evaluate)
     remains = None
     if o.freeze or adapts(c):
         trained = optim.trainable(o, params)
@@ -267,6 +269,30 @@ def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
         raise UserError(f"{name}: the teacher {c.teacher!r} has another tokenizer than the student, so its probabilities are of other tokens; set tokenizer.path to the teacher's")
     theirs = dataclasses.replace(theirs, mesh=w.mesh, rules=w.rules, imagined=w.imagined)
     return theirs.model, load_params(theirs, str(Path(where).absolute()), theirs.model.specs(), f"{name}.teacher", c.frozen_dtype)
+
+
+def _watched(w: World, name: str, c: ConfigDict, frozen: dict, evaluate: Callable | None) -> Callable:
+    """`evaluate`, and with it what the policy does on the world's held-out prompts: world.watch.each answers to each of them, and
+    where world.watch.reference names a stage their KL to it."""
+    from jaxalign.data.rows import read
+    from jaxalign.evals.watch import watch
+
+    said = w.config.world
+    records = [r for r, _ in read(w.find("data/prompts_eval.jsonl")) for _ in range(said.watch.each)]
+    gold = embedded(w.config).gold_rewards
+    compared = said.watch.get("reference", "")
+    reference = load_params(w, compared, w.model.specs(), "world.watch.reference") if compared and w.stage_dir(compared) != w.stage_dir(name) else None
+    look = watch(w.model, sampling(w, said.sampling), prompt_rows(w, records, min(len(records), 256)), records, gold, w.decode, w.mesh, reference=reference)
+
+    def both(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
+        known = evaluate(s, counts, whole) if evaluate is not None else {}
+        if whole:
+            return known
+        params = state.averaged(s)
+        params = tree.merge(params, frozen["base"]) if "base" in frozen else params
+        return known | look(params["policy"] if "rl" in c else params, s.key, int(s.step))
+
+    return both
 
 
 def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> float | None:

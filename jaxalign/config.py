@@ -274,6 +274,11 @@ def imported(path: str) -> Any:
         raise UserError(f"cannot import {path!r}: {e}; write it as package.module:name") from None
 
 
+def embedded(c: ConfigDict) -> Any:
+    """The world that writes a config's data and knows its gold reward, made of world.name, world.options and the seed; None without one."""
+    return imported(c.world.name)(seed=c.seed, **plain(c.world.get("options", ConfigDict()))) if "world" in c else None
+
+
 def check_finite(c: ConfigDict, where: str = "config") -> None:
     """A locked ConfigDict takes NaN and infinity without a word; we do not."""
     for k in c.keys():

@@ -24,7 +24,7 @@ def main(fv, rest):
 
     config, workdir = fv.config, Path(fv.workdir)
     w = build.world(config, workdir)
-    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    world = build.embedded(config)
     if fv.samples and world is not None:
         with config.unlocked():
             config.world.samples = fv.samples
