@@ -20,7 +20,7 @@ from jaxalign.train import optim, state, step
 from jaxalign.types import GroupExperience
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {p.relative_to(ROOT).as_posix(): p.read_text() for p in PAGES if p.name != "performance.md"}  # that one a command writes
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 FILE = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file

@@ -1,0 +1,104 @@
+"""What holds for every method of `config.OBJECTIVES`, built from a config as its users build it: eight devices and micro-batches
+change nothing, what is stopped goes on with the same bits, and there is a page about it."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+from jaxalign import build, config, shard, tree
+from jaxalign.train import step
+from jaxalign.train.log import RunLog
+
+ONE = {"data": 1}
+EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
+MAKE = shard.make_mesh
+OWN = {"masked_lm": {"mask_id": 3}}  # what a method cannot guess
+FILES = {"tokens": "text", "pairs": "pairs", "rankings": "rankings", "prompts": "prompts"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.prepared(tmp_path_factory.mktemp("data"))
+
+
+def config_of(name: str, data: Path):
+    """The smallest stage of a method, with nothing of its own said but where things lie."""
+    m = config.OBJECTIVES[name]
+    c = build.base(name, vocab=0, dim=16, layers=1, heads=2, hidden=32, max_len=64)
+    sections = {"objective": OWN.get(name, {}), "init": str(data / "start"), "data": {"path": f"{data}/{FILES[m.kind]}.jsonl", "batch_size": 8}}
+    if m.kind == "tokens":
+        sections["data"]["seq_len"] = 32
+    if m.kind == "prompts":
+        sections |= {"rl": {"reward": "runs:length_reward"}, "sampling": {"max_new": 6}}
+    c.stage = build.stage(name, **sections, train={"steps": 3, "save_every": 1, "keep": 3}, optim={"lr": 3e-3})
+    return c
+
+
+def begun(name: str, data: Path, directory: Path, mesh: dict, monkeypatch):
+    monkeypatch.setattr(shard, "make_mesh", lambda sizes: MAKE(mesh, jax.devices()[: int(np.prod(list(mesh.values())))]))
+    c = config_of(name, data)
+    s = build.make_stage(build.world(c, directory), name, c.stage, directory)
+    return s, s.begin()[0]
+
+
+def gradient(s, state, frozen, batch, mesh, accumulate):
+    go = jax.jit(functools.partial(step.gradient, s.objective, accumulate=accumulate))
+    with jax.set_mesh(mesh):
+        loss, metrics, grads = go(state.params, frozen, state.aux, shard.place(batch, mesh), state.key)
+    return float(loss), {k: float(v) for k, v in metrics.items()}, {k: np.asarray(shard.to_host(x)) for k, x in tree.flat(grads).items()}
+
+
+@pytest.mark.parametrize("name", config.OBJECTIVES)
+def test_eight_devices_and_micro_batches(name, data, tmp_path, monkeypatch):
+    """The very same batch, drawn on the mesh: in two micro-batches on eight devices, and whole on one."""
+    s, state = begun(name, data, tmp_path, EIGHT, monkeypatch)
+    with jax.set_mesh(s.world.mesh):
+        batch = s.source.next(state)
+    parts = 1 if s.objective.whole_batch else 2
+    loss, metrics, grads = gradient(s, state, s.frozen, batch, s.world.mesh, parts)
+    one = MAKE(ONE, jax.devices()[:1])
+    host = lambda t: jax.tree.map(lambda x: np.asarray(shard.to_host(x)) if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, t)
+    alone = jax.device_put(host(state.replace(key=None)), shard.replicated(one)).replace(key=jax.random.key(0))
+    want, want_metrics, want_grads = gradient(s, alone, jax.device_put(host(s.frozen), shard.replicated(one)), host(batch), one, 1)
+    assert any(np.abs(g).max() > 0 for g in want_grads.values())
+    np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-6)
+    for k, v in want_metrics.items():
+        np.testing.assert_allclose(metrics[k], v, rtol=1e-4, atol=1e-5, err_msg=k)
+    scale = max(np.abs(g).max() for g in want_grads.values())
+    for k, g in want_grads.items():
+        np.testing.assert_allclose(grads[k], g, rtol=1e-4, atol=1e-5 * scale, err_msg=k)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", config.OBJECTIVES)
+def test_stopped_and_resumed(name, data, tmp_path, monkeypatch):
+    """Stopped after the second step, gone on with by fresh objects: weights and numbers are those of a run that was not."""
+    monkeypatch.setattr(shard, "make_mesh", lambda sizes: MAKE(ONE, jax.devices()[:1]))
+    go = lambda directory: runs.train(config_of(name, data), directory)
+    go(tmp_path / "whole")
+    log = RunLog.metrics
+
+    def metrics(self, at, values):
+        log(self, at, values)
+        if at == 2:
+            raise Killed
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(RunLog, "metrics", metrics)
+        go(tmp_path / "killed")
+    go(tmp_path / "killed")
+    whole, killed = (runs.facts(tmp_path / d) for d in ("whole", "killed"))
+    assert killed == whole
+
+
+@pytest.mark.parametrize("name", config.OBJECTIVES)
+def test_has_a_page(name):
+    text = (runs.ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    for part in ("Equation", "Function", "Config", "Metrics", "works", "Source"):
+        assert part in text, part
