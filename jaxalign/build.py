@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from jaxalign import chips, shard, tree
 from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
+from jaxalign.data.templates import PLAIN
 from jaxalign.models import heads, lora, peft
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
@@ -223,6 +224,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         share = objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh)
         cost = lambda *x: branches.cost(model.config.dim, *x)
         how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {}
+        w = dataclasses.replace(w, template=PLAIN) if m.plain else w
         source = data_source(w, c.data, c.data.path, batch, seed, **how)
         longest = c.data.get("seq_len") or source.report()["max_length"]
         if "reference" in c and not (c.reference or c.init):
@@ -260,11 +262,12 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
 
 
 def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
-    """(model, weights) of `teacher`: of its own family and shape, with the student's vocabulary."""
+    """(model, weights) of `teacher`: of its own family and shape, with the student's vocabulary; of the student's shape where weights
+    lie alone, or are imagined."""
     if not c.teacher:
         raise UserError(f"{name}: {c.objective.name} needs a teacher; set teacher to a stage, a run directory or a Hugging Face directory")
     where = w.find(c.teacher)
-    theirs = w if w.imagined is not None and not Path(where).exists() else opened(where)[0]  # a plan may name what is not there yet
+    theirs = opened(where)[0] if (Path(where) / "config.json").exists() else w
     if theirs.tokenizer.fingerprint != w.tokenizer.fingerprint:
         raise UserError(f"{name}: the teacher {c.teacher!r} has another tokenizer than the student, so its probabilities are of other tokens; set tokenizer.path to the teacher's")
     theirs = dataclasses.replace(theirs, mesh=w.mesh, rules=w.rules, imagined=w.imagined)

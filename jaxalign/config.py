@@ -38,6 +38,7 @@ class Method(NamedTuple):
     batch: type = GroupExperience
     group: int = 8
     rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`)
+    plain: bool = False  # of tokens: reads texts as they are, whatever the template makes of conversations
 
 
 # A config may name any other maker by import path, "package.module:function".
@@ -45,7 +46,7 @@ OBJECTIVES: dict[str, Method] = {
     "lm": Method(lm.lm, "tokens"),
     "masked_lm": Method(lm.masked, "tokens"),
     "dft": Method(lm.dft, "tokens"),
-    "span_corruption": Method(span.span_corruption, "tokens"),
+    "span_corruption": Method(span.span_corruption, "tokens", plain=True),
     "distill": Method(distill.distill, "tokens"),
     "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1),
     "reward": Method(reward.rankings, "rankings"),

@@ -116,7 +116,7 @@ def config(kind: str, data: Path, **over):
 
 
 def start(data: Path) -> None:
-    """data/start: weights that DPO and PPO begin with, and refer to."""
+    """data/start: weights that DPO and PPO begin with, and refer to. data/other: others of the same shape, to learn from."""
     import jax
 
     from jaxalign import build
@@ -124,7 +124,8 @@ def start(data: Path) -> None:
     from jaxalign.train import checkpoint
 
     w = build.world(config("lm", data), data)
-    checkpoint.save_tree(data / "start" / "params", nn.init(w.model.specs(), jax.random.key(1)), {})
+    for name, seed in (("start", 1), ("other", 2)):
+        checkpoint.save_tree(data / name / "params", nn.init(w.model.specs(), jax.random.key(seed)), {})
 
 
 def train(c, workdir: Path):

@@ -52,7 +52,7 @@ def test_trains_and_goes_on_where_it_was(kind, data, tmp_path):
 
 def test_what_teaches_nothing_is_refused(data, tmp_path):
     with runs.devices(1):
-        for value, match in (("", "needs a teacher"), (str(data / "start"), "config.json")):
+        for value, match in (("", "needs a teacher"), (str(data / "nobody"), "distill.teacher")):
             c = runs.config("distill", data, teacher=value)
             with pytest.raises(UserError, match=match):
                 build.make_stage(build.world(c, tmp_path), "distill", c.stage, tmp_path)
