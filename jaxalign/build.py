@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxalign import chips, shard, tree
 from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, experience_of, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
 from jaxalign.data import sources
-from jaxalign.data.templates import stop_ids
+from jaxalign.data.templates import PLAIN, stop_ids
 from jaxalign.models import heads, lora, peft
 from jaxalign.objectives import ppo
 from jaxalign.objectives.preference import pair_logps
@@ -34,7 +34,7 @@ from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, RivalPairs, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, valued, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, opened, prompt_rows, sampling, shown, trained, valued, world
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -45,14 +45,14 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
     def sums(params, frozen, aux, batch, key):
         full = tree.merge(params, frozen["base"]) if "base" in frozen else params
         stats = {k: step.mean(*v) for k, v in objective.stats(full, frozen, aux, batch).items()} if objective.stats else {}
-        out = objective.loss(full, frozen, aux, batch, key, stats)
+        out = (objective.held_out or objective.loss)(full, frozen, aux, batch, key, stats)
         return {**out.metrics, **{f"loss/{k}": (t.total, t.weight) for k, t in out.terms.items()}}
 
     def evaluate(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
         params = state.averaged(s)
         for batch in sources.eval_batches(source):
-            out = sums(params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
+            out = sums(params, {k: v for k, v in frozen.items() if k != "base"} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
             for k, v in jax.device_get(out).items():
                 total[k] = total.get(k, 0.0) + np.array(v, np.float64)
         tokens = {"tokens": float(total["nll"][1])} if counts else {}
@@ -107,7 +107,7 @@ class Stage:
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=self.flops_per_token, trace=trace,
-                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
+                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}) | ({"teacher": state.fingerprint(self.frozen["teacher"])} if "teacher" in self.frozen else {}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = state.averaged(st)
@@ -249,6 +249,9 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
     prepare = lambda b: b
+    if "teacher" in c:
+        teacher, frozen["teacher"] = _teacher(w, name, c)
+        options["teacher"] = teacher
 
     if kind not in (*REWARDS, "masked_lm") and kind in OBJECTIVES and not getattr(w.model, "causal", True):
         raise UserError(f"{name}: this model reads both ways and writes nothing; it can be trained with masked_lm, {' or '.join(REWARDS)}")
@@ -278,6 +281,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         share = objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh)
         cost = lambda *x: branches.cost(model.config.dim, *x)
         how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {"mismatched": True} if objective.mismatched else {}
+        w = dataclasses.replace(w, template=PLAIN) if m.plain else w
         source = data_source(w, c.data, c.data.path, batch, seed + 1_000_003 * c.data.get("order", 0), **how)
         longest = c.data.get("seq_len") or source.report()["max_length"]
         if "reference" in c and not (c.reference or c.init):
@@ -307,7 +311,23 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest, source))
+    work = _flops(w, c, kind, longest, source)
+    if work and (taught := options.get("teacher") and flops.of(options["teacher"], longest)):
+        work += taught.forward()
+    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, work)
+
+
+def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
+    """(model, weights) of `teacher`: of its own family and shape, with the student's vocabulary; of the student's shape where weights
+    lie alone, or are imagined."""
+    if not c.teacher:
+        raise UserError(f"{name}: {c.objective.name} needs a teacher; set teacher to a stage, a run directory or a Hugging Face directory")
+    where = w.find(c.teacher)
+    theirs = opened(where)[0] if (Path(where) / "config.json").exists() else w
+    if theirs.tokenizer.fingerprint != w.tokenizer.fingerprint:
+        raise UserError(f"{name}: the teacher {c.teacher!r} has another tokenizer than the student, so its probabilities are of other tokens; set tokenizer.path to the teacher's")
+    theirs = dataclasses.replace(theirs, mesh=w.mesh, rules=w.rules, imagined=w.imagined)
+    return theirs.model, load_params(theirs, str(Path(where).absolute()), theirs.model.specs(), f"{name}.teacher", c.frozen_dtype)
 
 
 def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, frozen: dict, evaluate: Callable | None) -> Callable:
@@ -364,7 +384,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
-    if not named and not rl.get("judge") and not rl.environment:
+    if not (named or rl.get("judge") or rl.environment or "teacher" in c):
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if named and rl.get("judge"):
         raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
@@ -391,8 +411,10 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     one = lambda r, short: judge(learned[r]) if r in learned else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
     if named or rl.environment:
         scorer = rewards.several({short: one(r, short) for r, short in zip(named, rewards.short_names(named))}, tuple(rl.weights), rl.combine, rl.uncertainty)
-    else:
+    elif rl.get("judge"):
         scorer = judges.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
+    else:
+        scorer = rewards.none
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]
     if rl.environment:

@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import a2c, answers, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward
+from jaxalign.objectives import a2c, answers, distill, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward, span
 from jaxalign.ops import quant
 from jaxalign.rl import experience, masking, reinforce, rivals, selection
 from jaxalign.rl.control import KL
@@ -42,12 +42,17 @@ class Method(NamedTuple):
     rl: dict = {}  # defaults of its rl section that are not those of `experience`
     twins: int | None = None  # so many Q heads, and a value head, stand on the trunk (`models.heads.Guided`); None: neither
     actor: Callable | None = None  # (model, options of the objective) -> the model that samples, who reads the objective's aux too (`rl.masking`)
+    plain: bool = False  # of tokens: reads texts as they are, whatever the template makes of conversations
 
 
 # A config may name any other maker by import path, "package.module:function".
 OBJECTIVES: dict[str, Method] = {
     "lm": Method(lm.lm, "tokens"),
     "masked_lm": Method(lm.masked, "tokens"),
+    "dft": Method(lm.dft, "tokens"),
+    "span_corruption": Method(span.span_corruption, "tokens", plain=True),
+    "distill": Method(distill.distill, "tokens"),
+    "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1),
     "reward": Method(reward.rankings, "rankings"),
     "reward_pairs": Method(reward.pairs, "pairs"),
     "reward_best": Method(reward.best, "rankings"),
@@ -257,7 +262,9 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     elif kind in ("pairs", "labelled", "rankings") and m.reference:
         c["reference"] = ""  # "": the stage's own init
         c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
-    if kind in ("pairs", "labelled", "rankings", "prompts") and objective not in REWARDS:
+    if has_teacher(maker):
+        c["teacher"] = ""  # a stage, run directory or HF directory: whose distribution is learned
+    if (kind in ("pairs", "labelled", "rankings", "prompts") or has_teacher(maker)) and objective not in REWARDS:
         c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         c["rl"] = {
@@ -324,6 +331,11 @@ def has_critic(maker: Callable) -> bool:
 def experience_of(m: Method) -> Callable:
     """What makes of rollouts what a method reads."""
     return experience.make_experience if has_critic(m.maker) and m.experience is experience.group_experience else m.experience
+
+
+def has_teacher(maker: Callable) -> bool:
+    """Whether an objective's maker takes a second model, whose frozen weights it learns from."""
+    return "teacher" in inspect.signature(maker).parameters
 
 
 def adapts(c: ConfigDict) -> bool:

@@ -198,6 +198,7 @@ class Objective:
     update_aux: Callable[..., Tree] | None = None  # (aux, params, metrics, step) -> aux, once after each update
     finish: Callable[..., Tree] | None = None  # (params, aux) -> what is kept of a finished run; None: the params
     whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
+    held_out: Callable[..., Loss] | None = None  # the loss where nothing is trained: without the noise of training
     shared: bool = False  # reads `SharedPairs` as well as `Pairs`
     mismatched: bool = False  # reads `Labelled.mismatched`
     reference: Callable | None = None  # (model, params, batch) -> (chosen, rejected, ...): a reference's log-probs of pairs, where they are not plain sums

@@ -217,7 +217,7 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     return source
 
 
-def _opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, str, bool]:
+def opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, str, bool]:
     """(world, stage name, whether it is a reward model) of a stage's directory, by the config.json that it keeps, or of a
     Hugging Face directory, which is read as it is."""
     directory = Path(run)
@@ -254,7 +254,7 @@ def trained(run: str, dtype: str | None = "float32", *, template: str = "", toke
     dtype: as `load_params`. template, tokenizer: others than its own. adapter: a PEFT directory, or a stage that left one, attached to the weights and not merged.
     writes: refuse, before any weight is read, a model that can not continue a text. beta, clip: of a stage with Q heads, how it decodes.
     """
-    w, name, reward = _opened(run, template, tokenizer)
+    w, name, reward = opened(run, template, tokenizer)
     if writes:
         if reward:
             raise UserError(f"{run} holds a reward model: it scores texts and writes none; name a policy's directory")
@@ -347,7 +347,7 @@ def drafter(w: World, how: Sampling) -> tuple | None:
     """(model, weights) of the run or directory that how.draft names; None where it names none."""
     if how.draft in ("", "ngram"):
         return None
-    small = _opened(w.find(how.draft), "", "")[0]
+    small = opened(w.find(how.draft), "", "")[0]
     if small.tokenizer.vocab_size != w.tokenizer.vocab_size or any(small.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
         raise UserError(f"sampling.draft {how.draft}: its tokenizer is another one; a draft must write in the same ids")
     return small.model, load_params(w, how.draft, small.model.specs(), "sampling.draft")

@@ -12,7 +12,7 @@ from jaxalign.ops import advantage, branches
 from jaxalign.ops.logprob import before, logprob, targets
 from jaxalign.ops.masked import WHITEN, masked_mean, masked_whiten, segment_sums, top_share
 from jaxalign.rl import rewards
-from jaxalign.types import Experience, GroupExperience, Model, Rollout, ScalarModel, UserError
+from jaxalign.types import Experience, GroupExperience, Model, Rollout, ScalarModel, Tokens, UserError
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("temperature",))
@@ -241,3 +241,18 @@ def answers_per_row(group: int, prompt: int, new: int, dim: int, rows: int, part
     rows (of one answer) must still divide into `parts`."""
     fits = [k for k in range(1, group + 1) if group % k == 0 and (rows // k) % parts == 0]
     return min(fits, key=lambda k: branches.cost(dim, prompt + k * new) / k)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("group", "max_new"))
+def answers(model: Model, params, reference, rollout: Rollout, scores, *, group: int, max_new: int):
+    """(Tokens, metrics): the answers themselves, for losses that need no more of a rollout than what was said. Scores are logged."""
+    length = targets(rollout.mask, rollout.segments).sum(1)
+    metrics = {
+        "reward": jnp.nanmean(scores),
+        "reward_std": jnp.nanstd(scores),
+        "completions/mean_length": length.mean(),
+        "completions/min_length": length.min(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": rollout.truncated.mean(),
+    }
+    return Tokens(*rollout[:4]), {k: v.astype(jnp.float32) for k, v in metrics.items()}

@@ -94,6 +94,14 @@ def ensemble(scorers: Sequence[Callable], combine: str = "mean", uncertainty: fl
     return _where("device" if alike else "", lambda rollout, prompts: together([s(rollout, prompts) for s in scorers]))
 
 
+def none(rollout: Rollout, prompts: Prompts) -> jax.Array:
+    """f32[B]: 0, where nobody scores."""
+    return jnp.zeros_like(rollout.truncated)
+
+
+none.where = "device"
+
+
 class Scored(NamedTuple):
     """Scores with what they are made of; NaN is no score. A scorer may return this or the scores alone."""
 
