@@ -35,3 +35,10 @@ def test_polyak_is_trlx_s():
     for k in rates:
         got = heads.polyak({"q": z["polyak_target_before"]}, {"q": z["polyak_q_before"]}, float(k.split("alpha")[1]))
         np.testing.assert_allclose(got["q"], z[k], rtol=1e-6)
+
+
+def test_where_heads_begin():
+    """Reward heads at std 1 / sqrt(D + 1), critics at 0: the first advantages are then the rewards themselves (lm-human-preferences)."""
+    reward, critic = (nn.init(heads.specs(4095, zero), jax.random.key(0)) for zero in (False, True))
+    np.testing.assert_allclose(np.asarray(reward["weight"]).std(), 1 / 64, rtol=0.05)
+    assert not reward["bias"] and not np.asarray(critic["weight"]).any() and not critic["bias"]
