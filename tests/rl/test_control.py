@@ -112,3 +112,41 @@ def test_the_rest_of_a_rollout_is_skipped():
     assert s.iteration == 1 and s.used == 2
     s.next(state(True))
     assert s.iteration == 2 and s.used == 1
+
+
+def test_a_run_with_all_of_it_killed_and_resumed(tmp_path, monkeypatch):
+    """Early stops, running scales, an average of the weights: killed at 4, back to 3, the bytes of a run that was not."""
+    import runs
+    from jaxalign.train.log import RunLog, read_jsonl
+
+    data = runs.prepared(tmp_path / "data")
+    over = {"objective.target_kl": 1e-6, "objective.whiten_minibatch": True, "rl.scale_score": "running", "rl.clip_score": 1.5, "optim.ema": 0.9, "sampling.stop_after": 2, "rl.controller": "rl4lms"}
+    c = lambda: runs.config("ppo", data, **over)  # noqa: E731
+    with runs.devices(1):
+        runs.train(c(), tmp_path / "whole")
+
+        class Killed(BaseException):
+            pass
+
+        original = RunLog.metrics
+
+        def metrics(self, step, values):
+            original(self, step, values)
+            if step == 4:
+                raise Killed
+
+        with monkeypatch.context() as m:
+            m.setattr(RunLog, "metrics", metrics)
+            with pytest.raises(Killed):
+                runs.train(c(), tmp_path / "cut")
+        runs.train(c(), tmp_path / "cut")
+    assert runs.facts(tmp_path / "cut") == runs.facts(tmp_path / "whole")
+    rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    collected = [i for i, r in enumerate(rows) if "objective/score_scale" in r]
+    # A rollout is left as soon as an update of it was too far away, the next step collects: never after one that was not.
+    far = [r["policy/policykl_avg"] > 1.5e-6 for r in rows]
+    assert any(far) and len(collected) > 2
+    for i in range(1, len(rows)):
+        left = i - max(k for k in collected if k < i)  # updates of the rollout before this one
+        assert (i in collected) == (far[i - 1] or left == 4), i
+    assert len({rows[i]["objective/score_scale"] for i in collected}) > 1
