@@ -33,10 +33,15 @@ def overlong_penalty(length, max_new: int, buffer: int):
     return jnp.clip((max_new - buffer - length) / buffer, -1.0, 0.0)
 
 
+def at_last(score, mask):
+    """[t is the last valid token] * score. score f32[B]; mask f32[B,T] -> f32[B,T]."""
+    last = (mask > 0) & (jnp.cumsum(mask, -1) == mask.sum(-1, keepdims=True))
+    return jnp.where(last, score[:, None], 0.0)
+
+
 def token_rewards(score, kl, mask, beta):
     """reward_t = -beta * kl_t + [t is the last valid token] * score. score f32[B]; kl, mask f32[B,T] -> f32[B,T]."""
-    last = mask * (jnp.cumsum(mask, -1) == mask.sum(-1, keepdims=True))
-    return -beta * kl * mask + last * score[:, None]
+    return -beta * kl * mask + at_last(score, mask)
 
 
 def gae(rewards, values, mask, gamma: float = 1.0, lam: float = 0.95):

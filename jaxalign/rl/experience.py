@@ -12,7 +12,7 @@ from jaxalign.ops import advantage, branches
 from jaxalign.ops.logprob import before, logprob, targets
 from jaxalign.ops.masked import WHITEN, masked_mean, segment_sums, top_share
 from jaxalign.rl import rewards
-from jaxalign.types import Experience, GroupExperience, Model, Rollout, ScalarModel, UserError
+from jaxalign.types import Experience, GroupExperience, Model, Rollout, ScalarModel, Tokens, UserError
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("temperature",))
@@ -58,16 +58,26 @@ def make_experience(
 
     Old log-probs and values come from the training forward, not from the sampler; `logprob_gap` says how far the two
     are apart (nats, largest over the batch). divisor: of the scores, after penalty and clip (`rl.control.ScoreScale`).
-    whiten_form: a key of `masked.WHITEN`. `importance_cap`: as in `importance`; None where the sampler is the
-    policy. An answer whose score is NaN is not trained on: its mask is 0.
+    whiten_form: a key of `masked.WHITEN`. `importance_cap`: as in `importance`; None where the sampler is the policy.
+
+    scores f32[B], or f32[B,T] of each token. A row that has none (NaN) is left out: its mask is 0.
     """
-    mask = targets(rollout.mask, rollout.segments) * ~jnp.isnan(scores)[:, None]
+    mask = targets(rollout.mask, rollout.segments)
+    rated = ~jnp.isnan(scores.reshape(len(scores), -1)).any(1)
+    mask = mask * rated[:, None]
+    total = jnp.where(rated, scores if scores.ndim == 1 else scores.sum(1), jnp.nan)
+    scores = jnp.nan_to_num(scores)
     x, values = states_and_values(model, value, params, rollout)
     old = logprob(x, model.unembed(params["policy"]), rollout.tokens, mask, temperature=temperature)
     ref = token_logps(model, reference, rollout, temperature=temperature)
-    score = rewards.adjust(scores, rollout.truncated, missing_eos_penalty=missing_eos_penalty, missing_eos_value=missing_eos_value, clip=clip_score) / divisor
     kl_t = advantage.kl_tokens(old.logp, ref.logp, kl_estimator)
-    r = advantage.token_rewards(jnp.nan_to_num(score), kl_t, mask, beta)
+    whole = dict(missing_eos_penalty=missing_eos_penalty, clip=clip_score)
+    if scores.ndim == 1:
+        r = advantage.token_rewards(rewards.adjust(scores, rollout.truncated, missing_eos_value=missing_eos_value, **whole) / divisor, kl_t, mask, beta)
+    elif missing_eos_value is not None:
+        raise UserError("rl.missing_eos_value takes the place of an answer's one score, and these are scores of tokens; use rl.missing_eos_penalty")
+    else:
+        r = mask * (rewards.adjust_tokens(scores, rollout.truncated, mask, **whole) / divisor - beta * kl_t)
     if whiten_rewards:
         r = WHITEN[whiten_form](r, mask, shift_mean=False)
     adv, returns = advantage.gae(r, values, mask, gamma, lam)
@@ -78,8 +88,8 @@ def make_experience(
         "objective/kl_k3": (mask * advantage.kl_tokens(old.logp, ref.logp, "k3")).sum(1).mean(),
         "objective/kl_per_token": masked_mean(d, mask),
         "objective/entropy": old.entropy.sum(1).mean(),
-        "objective/scores": jnp.nanmean(scores),
-        "objective/scores_std": jnp.nanstd(scores),
+        "objective/scores": jnp.nanmean(total),
+        "objective/scores_std": jnp.nanstd(total),
         "objective/non_score_reward": -beta * (mask * kl_t).sum(1).mean(),
         "objective/rlhf_reward": r.sum(1).mean(),
         "objective/beta": jnp.asarray(beta, jnp.float32),
@@ -229,3 +239,18 @@ def answers_per_row(group: int, prompt: int, new: int, dim: int, rows: int, part
     rows (of one answer) must still divide into `parts`."""
     fits = [k for k in range(1, group + 1) if group % k == 0 and (rows // k) % parts == 0]
     return min(fits, key=lambda k: branches.cost(dim, prompt + k * new) / k)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("group", "max_new"))
+def answers(model: Model, params, reference, rollout: Rollout, scores, *, group: int, max_new: int):
+    """(Tokens, metrics): the answers themselves, for losses that need no more of a rollout than what was said. Scores are logged."""
+    length = targets(rollout.mask, rollout.segments).sum(1)
+    metrics = {
+        "reward": jnp.nanmean(scores),
+        "reward_std": jnp.nanstd(scores),
+        "completions/mean_length": length.mean(),
+        "completions/min_length": length.min(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": rollout.truncated.mean(),
+    }
+    return Tokens(*rollout[:4]), {k: v.astype(jnp.float32) for k, v in metrics.items()}

@@ -18,6 +18,7 @@ import numpy as np
 from jaxalign import shard, tree
 from jaxalign.ops import nn
 from jaxalign.ops.advantage import constant_groups, summed_rewards
+from jaxalign.rl import rewards
 from jaxalign.rl.control import KL, ScoreScale
 from jaxalign.rl.engine import generate
 from jaxalign.rl.rollout import Sampling
@@ -62,7 +63,7 @@ def _unanswered(rollout: Rollout, scores, n):
 
 def as_dict(batch: Any) -> Any:
     """Nested NamedTuples as nested dicts, without what is None: for a checkpoint."""
-    return {k: as_dict(x) for k, x in batch._asdict().items() if x is not None} if hasattr(batch, "_asdict") else batch
+    return {k: as_dict(x) for k, x in batch._asdict().items() if x is not None and not (isinstance(x, dict) and not x)} if hasattr(batch, "_asdict") else batch
 
 
 def from_dict(kind: type, d: dict) -> Any:
@@ -92,6 +93,9 @@ class OnlineSource:
 
     score_scale: what scores are divided by, handed to `experience` as one more argument. stop(state) -> bool: asked after each
     update whether the rest of the rollout is to be skipped (PPO's early stop), in which case the next one is collected.
+
+    lagging(params, aux) -> params: what samples and what makes the experience sees these, where it reads the objective's own
+    state too (a policy that lags behind).
 
     Its state is the prompt source's position, the rollouts under way with their scores, how much of the experience in flight
     is used, that experience itself and the KL coefficient: a run killed in the middle of an epoch goes on with the very same
@@ -125,11 +129,12 @@ class OnlineSource:
         rounds: int = 0,
         score_scale: ScoreScale | None = None,
         stop: Callable | None = None,
+        lagging: Callable | None = None,
     ):
         self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
-        self.rival, self.play = rival, play
+        self.rival, self.play, self.lagging = rival, play, lagging
         self.rounds, self.score_scale, self.stop = rounds, score_scale, stop
         if rounds and (play is not None or group + (rival is not None) < 2):
             raise UserError(f"rl.dynamic_rounds {rounds} compares the answers of a group, so there must be two or more of them, and no environment")
@@ -169,7 +174,7 @@ class OnlineSource:
             rollout = self._sample(params["policy"], bare, key, state.step)
             if self.rival is not None:
                 other = self.rival(self.model, self.sampling, params["policy"], self.reference, shard.place(bare, self.mesh), nn.fold(key, "rival"), state.step)
-                rollout = interleaved(rollout, other, group=self.group)
+                rollout = interleaved(self._here(rollout), other, group=self.group)
             rollout = self._done(rollout)
         batch = repeated(batch, self.group + (self.rival is not None))
         entry = {"born": self.iteration, "rollout": rollout}
@@ -191,7 +196,8 @@ class OnlineSource:
 
     def _collect(self, state):
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
-        rollout, scores, born, counts = self._informative(params, state) if self.rounds else (*self._scored(params, state), {})
+        params = self.lagging(params, state.aux) if self.lagging else params
+        rollout, scores, born, counts = (self._informative if self.rounds else self._scored)(params, state)
         scale = () if self.score_scale is None else (self.score_scale(scores, rollout.truncated),)
         with self.phase("experience"):
             self.experience, metrics = self.experience_of(params, self.reference, rollout, scores, self.beta, *scale)
@@ -204,20 +210,22 @@ class OnlineSource:
         self._samples = self._show(rollout, scores) if self.decode else []
         self.iteration, self.used = self.iteration + 1, 0
 
-    def _scored(self, params, state) -> tuple[Rollout, Any, int]:
-        """The rollout whose turn it is, its scores, and the iteration that launched it."""
+    def _scored(self, params, state) -> tuple[Rollout, Any, int, dict[str, float]]:
+        """The rollout whose turn it is, its scores, the iteration that launched it, and what the metrics say of the scores."""
         while len(self._queue) <= self.staleness:
             self._launch(params, state)
         entry = self._queue.pop(0)
         rollout = self._here(entry["rollout"])
         with self.phase("score"):
-            return rollout, _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None), entry["born"]
+            scored = rewards.scored(_result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None))
+        counts = {k: float(v) for k, v in jax.device_get(rewards.summary(scored._replace(scores=None))).items()}
+        return rollout, scored.scores, entry["born"], counts
 
-    def _informative(self, params, state) -> tuple[Rollout, Any, int, dict]:
+    def _informative(self, params, state) -> tuple[Rollout, Any, int, dict[str, float]]:
         """As `_scored`, of groups that say something, and how many there were of which kind."""
         size, held, constant = self.group + (self.rival is not None), 0, 0
         for rounds in range(1, self.rounds + 1):
-            rollout, scores, was = self._scored(params, state)
+            rollout, scores, was, counts = self._scored(params, state)
             says = ~shard.to_host(constant_groups(summed_rewards(scores), size))
             n, constant = len(says), constant + int((~says).sum())
             order = np.argsort(~says, kind="stable")  # those that say something first, each kind in the order it came
@@ -233,10 +241,10 @@ class OnlineSource:
             raise UserError(f"rl.dynamic_rounds {self.rounds}: of {constant} prompts none had answers of different reward; they are too easy or too hard for this policy. Take other prompts, a larger rl.group, a finer reward, or end the training here")
         rollout, scores = both if held >= n else _unanswered(*both, held * size)
         name = "dynamic_sampling/"
-        return rollout, scores, born, {f"{name}rounds": float(rounds), f"{name}discarded_groups": float(constant), f"{name}left_over_groups": float(max(held - n, 0)), f"{name}missing_groups": float(max(n - held, 0))}
+        return rollout, scores, born, counts | {f"{name}rounds": float(rounds), f"{name}discarded_groups": float(constant), f"{name}left_over_groups": float(max(held - n, 0)), f"{name}missing_groups": float(max(n - held, 0))}
 
     def _show(self, rollout, scores, n: int = 2):
-        scores = summed_rewards(scores) if self.play is None else scores
+        scores = summed_rewards(scores)
         r = [shard.to_local(x)[:n] for x in (rollout.tokens, rollout.mask, rollout.segments, scores)]
         return [{"prompt": self.decode(t[(m == 0) & (s != 0)]), "completion": self.decode(t[m > 0]), "score": float(c)} for t, m, s, c in zip(*r)]
 
@@ -264,6 +272,10 @@ class OnlineSource:
         """A few rollouts of this process, in the step that collected them."""
         return self._samples
 
+    def events(self) -> list[dict]:
+        """What happened since last time that a reader of the run should know: rewards that failed."""
+        return [e for x in (self.scorer, self.play) for e in getattr(x, "events", list)()]
+
     def state_dict(self) -> dict:
         d = {"prompts": self.prompts.state_dict(), "iteration": self.iteration, "used": self.used, "beta": self.beta}
         if self.mix is not None:
@@ -276,7 +288,7 @@ class OnlineSource:
         if self._queue:
             d["born"] = [e["born"] for e in self._queue]
             for i, e in enumerate(self._queue):
-                scores = {"scores": _result(e["scores"])} if "scores" in e else {}
+                scores = {"scores": as_dict(_result(e["scores"]))} if "scores" in e else {}
                 arrays[f"rollout_{i}"] = {**self._here(e["rollout"])._asdict(), **scores}
         return {**d, "arrays": arrays} if arrays else d
 
@@ -292,8 +304,9 @@ class OnlineSource:
         self._queue = []
         for i, born in enumerate(d.get("born", ())):
             fields = dict(arrays[f"rollout_{i}"])
-            scores = {"scores": fields.pop("scores")} if "scores" in fields else {}
-            self._queue.append({"born": born, "rollout": Rollout(**fields), **scores})
+            scores = fields.pop("scores", None)
+            scores = rewards.Scored(**scores) if isinstance(scores, dict) else scores
+            self._queue.append({"born": born, "rollout": Rollout(**fields), **({} if scores is None else {"scores": scores})})
 
 
 def _result(scores):

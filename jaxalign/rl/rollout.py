@@ -55,8 +55,10 @@ def check_length(model: Model, length: int, what: str) -> None:
 
 
 def draw(model: Model, how: Sampling, params, x, u):
-    """Hidden f[B,1,D] and a uniform per row f32[B] -> (tokens i32[B], log-probs f32[B])."""
-    return sampling.draw(u, next_logits(x[:, 0], model.unembed(params)), how.temperature, how.top_k, how.top_p)
+    """Hidden f[B,1,D] and a uniform per row f32[B] -> (tokens i32[B], log-probs f32[B]). A model with `next_logits` says itself
+    what is drawn from (`models.heads.Guided`)."""
+    z = model.next_logits(params, x[:, 0]) if hasattr(model, "next_logits") else next_logits(x[:, 0], model.unembed(params))
+    return sampling.draw(u, z, how.temperature, how.top_k, how.top_p)
 
 
 def ends(how: Sampling, token, t):
