@@ -41,6 +41,7 @@ def run(config, workdir: Path, profile: str = "") -> dict:
 
     from jaxalign import build, report
     from jaxalign.cli import eval as evaluation_verb
+    from jaxalign.cli import lineage, rounds
 
     build.check(config)
     clock = Clock(workdir)
@@ -56,14 +57,21 @@ def run(config, workdir: Path, profile: str = "") -> dict:
         if world is not None and Path(c.data.path).name in LABELLED and not (workdir / c.data.path).exists():
             with clock("label"):
                 _label(w, world, config)
+        if rounds.missing(w, config, c):
+            with clock("label"):
+                rounds.write(w, world, config, c)
+        rounds.note(w, config, c)
         if (workdir / name / "params" / "manifest.json").exists():
             if jax.process_index() == 0:
                 print(f"{name}: already done")
+            lineage.check(w, name, c)
             continue
         with clock(name):
             s = build.make_stage(w, name, c, workdir / name)
-            s.save(s.finish(s.go(profile)))
-            del s
+            params = s.finish(s.go(profile))
+            s.save(params)
+            lineage.stage(w, name, c, params)
+            del s, params
     with clock("evaluate"):
         evaluation = evaluation_verb.evaluate(w, world, config)
     evaluation["seconds"] = clock.seconds
@@ -148,13 +156,7 @@ def _label(w, world, config) -> None:
         groups = [[t for t in (next(texts) for _ in range(k)) if t.strip() and not rows.unclean(t)] for k in ks]
         kept = [(p, g) for p, g in zip(prompts, groups) if len(set(g)) > 1]
         rankings = world.rankings([p for p, _ in kept], [g for _, g in kept], config.seed + (split == "eval"))
-        rng, pairs = np.random.default_rng([config.seed, split == "eval"]), []
-        for r in rankings:
-            order = rng.permutation(len(r["ranks"]))
-            for i, j in zip(order[::2], order[1::2]):  # each sample is in one pair
-                a, b = (i, j) if r["ranks"][i] < r["ranks"][j] else (j, i)
-                if r["ranks"][a] != r["ranks"][b]:
-                    pairs.append({"prompt": r["prompt"], "chosen": r["completions"][a], "rejected": r["completions"][b]})
+        pairs = disjoint_pairs(rankings, np.random.default_rng([config.seed, split == "eval"]))
         suffix = "_eval" if split == "eval" else ""
         if jax.process_index() == 0:
             for name, records in ((f"rankings{suffix}", rankings), (f"pairs{suffix}", pairs)):
@@ -162,3 +164,14 @@ def _label(w, world, config) -> None:
                 os.replace(temp, w.workdir / "data" / f"{name}.jsonl")
     build.barrier("label")
 
+
+def disjoint_pairs(rankings: list[dict], rng) -> list[dict]:
+    """Preference pairs of the answers of each ranking, each answer in one pair at most; ties are left out."""
+    pairs = []
+    for r in rankings:
+        order = rng.permutation(len(r["ranks"]))
+        for i, j in zip(order[::2], order[1::2]):
+            a, b = (i, j) if r["ranks"][i] < r["ranks"][j] else (j, i)
+            if r["ranks"][a] != r["ranks"][b]:
+                pairs.append({"prompt": r["prompt"], "chosen": r["completions"][a], "rejected": r["completions"][b]})
+    return pairs
