@@ -203,6 +203,12 @@ def metric_names() -> set[str]:
     rollout = types.Rollout(*x, np.zeros((8, 12), np.float32), np.arange(8, dtype=np.int32), np.int32(0), np.zeros(8, np.float32))
     out |= set(jax.eval_shape(lambda p: make_experience(tiny.LLAMA, None, p, p["policy"], rollout, np.zeros(8, np.float32), 0.1, importance_cap=2.0), params)[1])
     out |= set(jax.eval_shape(lambda p: group_experience(tiny.LLAMA, p, p["policy"], rollout, np.zeros(8, np.float32), group=4, max_new=4), params)[1])
+    for name, group in (("online_dpo", 2), ("xpo", 1), ("nash_md", 1), ("raft", 4)):
+        m = config.OBJECTIVES[name]
+        batch, found = jax.eval_shape(lambda p, m=m, group=group: m.experience(tiny.LLAMA, {"policy": p}, p, rollout, np.zeros(8, np.float32), group=group), tiny.init(tiny.LLAMA))
+        objective = m.maker(tiny.LLAMA)
+        now = jax.eval_shape(lambda p, o=objective: state.create({"policy": p}, tx, o, seed=0), tiny.init(tiny.LLAMA))
+        out |= set(found) | set(jax.eval_shape(step.make_step(objective, tx, schedule=schedule), now, {}, batch)[1])
     out.add("staleness")  # the source's own
     return out
 
