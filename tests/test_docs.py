@@ -214,6 +214,12 @@ def metric_names() -> set[str]:
     out |= set(jax.eval_shape(lambda p: group_experience(tiny.LLAMA, p, p["policy"], rollout, np.zeros(8, np.float32), group=4, max_new=4, beta=0.1), params)[1])
     out |= set(jax.eval_shape(lambda p: remax_experience(tiny.LLAMA, p, None, rollout, np.zeros(8, np.float32), group=3), params)[1])
     out |= {"staleness", "objective/score_scale", *(f"dynamic_sampling/{k}" for k in ("rounds", "discarded_groups", "left_over_groups", "missing_groups"))}  # the source's own
+    for name, group in (("online_dpo", 2), ("xpo", 1), ("nash_md", 1), ("raft", 4)):
+        m = config.OBJECTIVES[name]
+        batch, found = jax.eval_shape(lambda p, m=m, group=group: m.experience(tiny.LLAMA, {"policy": p}, p, rollout, np.zeros(8, np.float32), group=group), tiny.init(tiny.LLAMA))
+        objective = m.maker(tiny.LLAMA)
+        now = jax.eval_shape(lambda p, o=objective: state.create({"policy": p}, tx, o, seed=0), tiny.init(tiny.LLAMA))
+        out |= set(found) | set(jax.eval_shape(step.make_step(objective, tx, schedule=schedule), now, {}, batch)[1])
     return out
 
 
