@@ -13,6 +13,7 @@ from jaxalign import build, tree
 from jaxalign.cli import eval as evaluate
 from jaxalign.cli import main as cli
 from jaxalign.cli import sample
+from jaxalign.evals import policy
 from jaxalign.models import decoder, heads
 from jaxalign.objectives import ilql
 from jaxalign.ops import nn
@@ -116,8 +117,6 @@ def test_a_finished_stage_is_sampled_and_evaluated(data, trained, capsys):
     assert isinstance(w.model, heads.Guided) and w.model.beta == 50.0 and set(params) == {"trunk", "q", "v"}
     got = {beta: say(capsys, *asked, f"--beta={beta}") for beta in (0, 50)}
     trunk = build.trained(str(run), beta=0.0)
-    from jaxalign.evals import policy
-
     how = build.sampling(w, {}, max_new=8, temperature=0.0)
     plain = policy.sample(trunk[0].model.trunk, params["trunk"], how, build.prompt_rows(w, [{"prompt": "soup:"}], 1), w.decode, jax.random.key(0), w.mesh, score=False)
     assert got[0] == plain.completions and got[50] != got[0]

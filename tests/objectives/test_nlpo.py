@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jaxalign import shard
 from jaxalign.models import decoder, heads
 from jaxalign.objectives import nlpo, ppo
 from jaxalign.ops import nn
@@ -107,12 +108,15 @@ def test_it_is_ppo_where_all_is_allowed():
 
 
 def test_split_alike_and_the_mask_counts():
-    """In four pieces: the advantages' mean and std are those of the whole. The masking policy changes the loss and gets no gradient."""
+    """In two pieces, on eight devices: the advantages' mean and std are those of the whole. The masking policy changes the loss."""
     batch, old = tiny.experience(np.random.default_rng(5), 8, 12), {"policy": tiny.init(tiny.LLAMA, seed=1)}
     o = nlpo.nlpo(tiny.LLAMA, top_mask=0.5, min_tokens_to_keep=2, special=(0, 3))
     run = jax.jit(lambda p, old, n: step.gradient(o, p, {}, old, batch, jax.random.key(0), n), static_argnums=2)
     loss, m, grads = run(PARAMS(), old, 1)
-    got = run(PARAMS(), old, 4)
+    mesh = shard.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        specs = {"policy": tiny.LLAMA.specs(), "value": heads.specs(16)}
+        got = jax.device_get(run(jax.device_put(PARAMS(), shard.shardings(specs, mesh)), jax.device_put(old, shard.shardings({"policy": specs["policy"]}, mesh)), 2))
     np.testing.assert_allclose(got[0], loss, rtol=1e-5)
     assert tiny.far(got[2], grads) < 1e-4 and 2 <= m["val/allowed"] < tiny.V
     assert run(PARAMS(), {"policy": PARAMS()["policy"]}, 1)[0] != loss
