@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxalign.report import stage
+from jaxalign.report import judged, stage
 from jaxalign.report.charts import Mark, plane
 from jaxalign.report.markup import Html, join, tag
-from jaxalign.report.read import POLICIES, STAGES, Stage, dig, document, number, show
+from jaxalign.report.read import STAGES, Stage, dig, document, number, show
+from jaxalign.report.read import policies as evaluated
 from jaxalign.report.read import stage as read_stage
 from jaxalign.report.stage import fold, pretty, text
 from jaxalign.report.style import CSS
@@ -96,10 +97,10 @@ def verdict(evaluation: Any) -> Html:
 def policies(evaluation: Any) -> Html:
     """What the policies earn against how far they went, and the most that any policy could earn there."""
     title = tag("h2", "Policies", id="policies")
-    known = {p: d for p in POLICIES if isinstance(d := dig(evaluation, "policies", p), dict)}
+    known = evaluated(evaluation)
     if not known:
         return join([title, tag("p", "No policy has been evaluated.", class_="missing")])
-    marks = [Mark(p.upper(), *xy, COLOURS[p]) for p, d in known.items() if (xy := _point(d))]
+    marks = [Mark(p.upper(), *xy, COLOURS.get(p, 5)) for p, d in known.items() if (xy := _point(d))]
     frontier = dig(evaluation, "frontier")
     curve = [xy for d in (frontier if isinstance(frontier, list) else []) if (xy := _point(d))]
     if curve and (start := _point(dig(known, "sft"))):
@@ -111,7 +112,7 @@ def policies(evaluation: Any) -> Html:
     )
     rows = [
         tag(
-            "tr", tag("td", tag("span", tag("b", p.upper()), class_=f"key s{COLOURS[p]}")), tag("td", show(d.get("gold"), 3), class_="n"),
+            "tr", tag("td", tag("span", tag("b", p.upper()), class_=f"key s{COLOURS.get(p, 5)}")), tag("td", show(d.get("gold"), 3), class_="n"),
             tag("td", show(d.get("win_rate"), 3), tag("small", interval(d.get("win_interval")).removeprefix("95% interval ")), class_="n"),
             tag("td", show(d.get("kl"), 3), class_="n"), tag("td", show(d.get("length"), 3), class_="n"),
         )
@@ -125,15 +126,16 @@ def policies(evaluation: Any) -> Html:
         f"Intervals are 95%, over prompts. A win counts towards the target up to a KL of {show(KL, 3)} nats.",
         class_="soft",
     )  # fmt: skip
-    return join([title, tag("div", figure, tag("div", table, about), class_="pair")])
+    chart = judged.best_of_n(evaluation)
+    return join([title, tag("div", figure, tag("div", table, about), class_="pair"), judged.writing(known), tag("div", chart, class_="charts") if chart else None])
 
 
 def samples(evaluation: Any, most: int = 24, open_: int = 4) -> Html:
     """Answers of all policies to the same prompt, side by side."""
     title = tag("h2", "Samples", id="samples")
     answers: dict[str, dict[str, list[dict]]] = {}
-    for p in POLICIES:
-        found = dig(evaluation, "policies", p, "samples")
+    for p, d in evaluated(evaluation).items():
+        found = d.get("samples")
         for s in found if isinstance(found, list) else []:
             if isinstance(s, dict):
                 answers.setdefault(str(s.get("prompt", "")), {}).setdefault(p, []).append(s)
@@ -180,7 +182,7 @@ def seconds(evaluation: Any) -> Html | None:
 
 
 def _answer(policy: str, s: dict) -> Html:
-    return tag("div", tag("header", tag("b", policy.upper()), tag("span", "gold ", show(s.get("gold"), places=2))), text(s.get("completion", "")), class_=f"answer s{COLOURS[policy]}")
+    return tag("div", tag("header", tag("b", policy.upper()), tag("span", "gold ", show(s.get("gold"), places=2))), text(s.get("completion", "")), class_=f"answer s{COLOURS.get(policy, 5)}")
 
 
 def _point(d: Any) -> tuple[float, float] | None:
