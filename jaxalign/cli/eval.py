@@ -16,6 +16,7 @@ from jaxalign.types import UserError
 
 def define(fv):
     common(fv)
+    flags.DEFINE_float("beta", 1.0, "of stages with Q heads (ILQL): how much advantages weigh when they sample", lower_bound=0.0, flag_values=fv)
     flags.DEFINE_integer("samples", 0, "samples per policy (0: what the config says); with --prompts, answers to each prompt (0: 1)", flag_values=fv)
     flags.DEFINE_integer("stride", 0, "of language models also the loss in windows of data.seq_len tokens that begin every so many", lower_bound=0, flag_values=fv)
     answers.define(fv)
@@ -29,18 +30,18 @@ def main(fv, rest):
     w = build.world(config, workdir)
     if fv.prompts:
         return answers.main(fv, w)
-    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    world = build.embedded(config)
     if fv.samples and world is not None:
         with config.unlocked():
             config.world.samples = fv.samples
-    out = evaluate(w, world, config, fv.stride)
+    out = evaluate(w, world, config, fv.beta, fv.stride)
     import jax
 
     if jax.process_index() == 0:
         print(json.dumps(out, indent=1))
 
 
-def evaluate(w, world, config, stride: int = 0) -> dict:
+def evaluate(w, world, config, beta: float = 1.0, stride: int = 0) -> dict:
     """{"world", stage: held-out figures}, and "policies", "frontier" and "best_of_n" in a world: of what the run directory holds."""
     from jaxalign import build
 
@@ -58,8 +59,9 @@ def evaluate(w, world, config, stride: int = 0) -> dict:
         elif stages[name].data.get("eval_path"):
             out[name] = _objective(w, stages[name], name)
     if world is not None and "sft" in done:
-        out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.REWARDS and n != "pretrain"], _judge(w, stages, done))
-        out["frontier"], out["best_of_n"] = frontier(w, world, config, _judge(w, stages, done))
+        judge = _judge(w, stages, done)
+        out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.REWARDS and n != "pretrain"], beta, judge)
+        out["frontier"], out["best_of_n"] = frontier(w, world, config, judge)
     if len(out) == 1:
         raise UserError(f"nothing to evaluate: set data.eval_path of {' or '.join(done)} to a file of held-out rows")
     return out
@@ -283,7 +285,7 @@ def frontier(w, world, config, judge: tuple | None = None) -> tuple[list[dict], 
     return [{"beta": b, "gold": t.reward, "kl": t.kl, "ess": t.ess} for b, t in points if t.ess >= 100], best
 
 
-def _policies(w, world, config, names: list[str], judge: tuple | None = None) -> dict:
+def _policies(w, world, config, names: list[str], beta: float, judge: tuple | None = None) -> dict:
     """Gold and learned reward, KL to SFT, win rate against SFT's samples of the same held-out prompts and Elo among all, how
     different the answers are, and the loss on pretraining text, which alignment may cost."""
     import jax
@@ -302,11 +304,12 @@ def _policies(w, world, config, names: list[str], judge: tuple | None = None) ->
     got, gold, loss = {}, {}, {}
     text = config.stages.get("pretrain")
     for name in names:
-        params = reference if name == "sft" else build.load_params(w, str(w.stage_dir(name).absolute()), w.model.specs(), name)
+        model = build.valued(w, w.stage_dir(name), beta).model
+        params = reference if name == "sft" else build.load_params(w, str(w.stage_dir(name).absolute()), model.specs(), name)
         source = build.prompt_rows(w, records, batch)
         key = nn.fold(jax.random.key(config.seed), "evaluate", name)
-        got[name] = policy.sample(w.model, params, how, source, w.decode, key, w.mesh, reference=reference, judge=judge)
-        if text is not None and text.objective.name == "lm" and text.data.eval_path:
+        got[name] = policy.sample(model, params, how, source, w.decode, key, w.mesh, reference=reference, judge=judge)
+        if text is not None and text.objective.name == "lm" and text.data.eval_path and not hasattr(model, "next_logits"):  # that of a model, not of a way to decode it
             loss[name] = _nll(w, text, params, counts=False)["nll"]
         gold[name] = world.gold_rewards([r["prompt"] for r in records], got[name].completions)
     out = {}
@@ -319,7 +322,7 @@ def _policies(w, world, config, names: list[str], judge: tuple | None = None) ->
             "truncated": float(s.truncated.mean()),
             "distinct_1": diversity.distinct(s.completions, 1),
             "distinct_2": diversity.distinct(s.completions, 2),
-            "self_bleu": diversity.self_bleu(s.completions[:256]),
+            "self_bleu": diversity.self_bleu(s.completions[:256]) if n > 1 else 0.0,
             "samples": [{"prompt": r["prompt"], "completion": t, "gold": float(g)} for r, t, g in list(zip(records, s.completions, gold[name]))[:8]],
         }
         if s.proxy is not None:

@@ -39,12 +39,30 @@ def run(config, workdir: Path, profile: str = "") -> dict:
     """The whole pipeline; returns the evaluation."""
     import jax
 
-    from jaxalign import build, report
+    from jaxalign import report
     from jaxalign.cli import eval as evaluation_verb
+
+    w, world, clock = trained(config, workdir, profile)
+    with clock("evaluate"):
+        evaluation = evaluation_verb.evaluate(w, world, config)
+    evaluation["seconds"] = clock.seconds
+    evaluation["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if jax.process_index() == 0:
+        _replace(workdir / "evaluation.json", json.dumps(evaluation, indent=1))
+        print(report.console(evaluation))
+        print(f"report: {report.write(workdir)}")
+    return evaluation
+
+
+def trained(config, workdir: Path, profile: str = "") -> tuple:
+    """(what the stages share, the world or None, the clock) once data, tokenizer and every stage of the config are there."""
+    import jax
+
+    from jaxalign import build
 
     build.check(config)
     clock = Clock(workdir)
-    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    world = build.embedded(config)
     if world is not None:
         with clock("data"):
             _write_data(world, config, workdir)
@@ -64,15 +82,7 @@ def run(config, workdir: Path, profile: str = "") -> dict:
             s = build.make_stage(w, name, c, workdir / name)
             s.save(s.finish(s.go(profile)))
             del s
-    with clock("evaluate"):
-        evaluation = evaluation_verb.evaluate(w, world, config)
-    evaluation["seconds"] = clock.seconds
-    evaluation["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    if jax.process_index() == 0:
-        _replace(workdir / "evaluation.json", json.dumps(evaluation, indent=1))
-        print(report.console(evaluation))
-        print(f"report: {report.write(workdir)}")
-    return evaluation
+    return w, world, clock
 
 
 class Clock:

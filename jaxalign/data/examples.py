@@ -98,8 +98,23 @@ class Prompt:
     record: dict
 
 
-Example = Union[Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt]
-EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt)
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """An episode: what was said, and what each of the assistant's trained turns earned."""
+
+    said: Union[Completion, Chat]
+    rewards: tuple[float, ...]  # one per trained turn
+    terminal: bool = True  # False: it was cut off, and would have gone on
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The assistant's, trained or not."""
+        said = self.said.messages if isinstance(self.said, Chat) else self.said.completion
+        return (Message("assistant", said),) if isinstance(said, str) else tuple(m for m in said if m.role == "assistant")
+
+
+Example = Union[Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt, Trajectory]
+EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt, Trajectory)
 
 
 class Unusable(UserError):
@@ -188,6 +203,10 @@ def check(example: Example, where: str) -> Example:
             _said(prompt, where, "prompt")
             _said(chosen, where, "chosen", answer=True)
             _said(rejected, where, "rejected", answer=True)
+        case Trajectory(said, rewards):
+            check(said, where)
+            if len(rewards) != sum(m.trained for m in example.turns):
+                raise UserError(f"{where}: {len(rewards)} rewards for {sum(m.trained for m in example.turns)} trained turns of the assistant; give one each")
         case Ranking(prompt, completions, ranks):
             _said(prompt, where, "prompt")
             for c in completions:

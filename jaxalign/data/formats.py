@@ -10,6 +10,7 @@
                 one index, in place of the ranks: all others are equal
     label       {"prompt", "completion", "label"}, or {"messages", "label"}, whose last turn is meant: true, false or a number.
                 A number may be called "score"; as it often is a column that nobody trains on, it makes a label only where those are asked for
+    trajectory  a completion or a chat with what it earned: {"reward"} at the end, {"rewards"} or a message's "reward" turn by turn
     steps       {"prompt", "steps", "labels"}                    (or "completions" for "steps"); a label is true, false, a number from 0 to
                 1, or null. Or "ratings" as PRM800K has them: -1, 0, 1, of which only -1 is wrong. Steps end with a line break
     prompt      {"prompt"}
@@ -28,7 +29,7 @@ import re
 from typing import Callable
 
 from jaxalign.data.examples import (
-    EXAMPLES, Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Steps, Text, Unusable,
+    EXAMPLES, Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Steps, Text, Trajectory, Unusable,
     check, number, string, turns,
 )  # fmt: skip
 from jaxalign.data.rows import Rows, given, read, unclean
@@ -36,7 +37,7 @@ from jaxalign.types import UserError
 
 __all__ = [
     "Chat", "Completion", "Example", "Label", "Message", "Preference", "Prompt", "Ranking", "Rows", "Said", "Steps", "Text",
-    "Unusable", "canonical", "detect", "given", "read",
+    "Trajectory", "Unusable", "canonical", "detect", "given", "read",
 ]  # fmt: skip
 
 
@@ -47,6 +48,7 @@ SCHEMAS = {
     "preference": ("chosen", "rejected"),
     "ranking": ("prompt", "completions", "ranks"),
     "label": ("prompt", "completion", "label"),
+    "trajectory": ("messages", "rewards"),
     "steps": ("prompt", "steps", "labels"),
     "prompt": ("prompt",),
 }
@@ -83,6 +85,8 @@ def detect(record: dict, where: str = "record") -> str:
         )
     if found in (["chat"], ["completion"]) and isinstance(record.get("label"), bool):
         return "label"
+    if found in (["chat"], ["completion"]) and _earns(record):
+        return "trajectory"
     if found or "prompt" in record:
         return found[0] if found else "prompt"
     keys = [k for k in record if isinstance(k, str)]
@@ -188,6 +192,26 @@ def _label(record, where):
     return Label(said.prompt, said.completion, label)
 
 
+def _trajectory(record, where):
+    said = _completion(record, where) if _has(record, "completion") else _chat(record, where)
+    terminal = record.get("terminal", True)
+    if not isinstance(terminal, bool):
+        raise UserError(f"{where}: 'terminal' must be true or false, not {terminal!r}")
+    turns_ = Trajectory(said, ()).turns
+    apart = [m.get("reward") for m in _assistants(record)]
+    given = [k for k in ("reward", "rewards") if record.get(k) is not None] + ["a message's reward"] * any(r is not None for r in apart)
+    if len(given) != 1:
+        raise UserError(f"{where}: trajectory needs one of 'reward' (at its end), 'rewards' (one per turn of the assistant) and a 'reward' in the messages; found {' and '.join(given) or 'none'}")
+    rewards = [0.0] * (len(turns_) - 1) + [record["reward"]] if given == ["reward"] else record["rewards"] if given == ["rewards"] else [0.0 if r is None else r for r in apart]
+    if not isinstance(rewards, list) or not all(map(_number, rewards)):
+        raise UserError(f"{where}: rewards must be finite numbers, not {rewards!r}")
+    if len(rewards) != len(turns_):
+        raise UserError(f"{where}: {len(rewards)} rewards for {len(turns_)} turns of the assistant; give one each (or, if they are none, say format={type(said).__name__.lower()!r})")
+    if any(r and not m.trained for r, m in zip(rewards, turns_)):
+        raise UserError(f"{where}: a turn that is not trained earns a reward; give it to the turn before it")
+    return Trajectory(said, tuple(float(r) for r, m in zip(rewards, turns_) if m.trained), terminal)
+
+
 def _preference(record, where):
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
@@ -240,6 +264,7 @@ _READERS = {
     "preference": _preference,
     "ranking": _ranking,
     "label": _label,
+    "trajectory": _trajectory,
     "steps": _steps,
     "prompt": _prompt_only,
 }
@@ -275,6 +300,22 @@ def _common(record, pair, where):
 
 def _has(record, key):
     return any(k in record for k in _ALIASES.get(key, (key,)))
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _assistants(record):
+    """The raw messages of the assistant in a record, or in its completion."""
+    said = record.get("completion", record.get("messages", record.get("conversations")))
+    return [m for m in said if isinstance(m, dict) and m.get("role", m.get("from")) in ("assistant", "gpt", "function_call")] if isinstance(said, list) else []
+
+
+def _earns(record):
+    """Whether a completion or a chat says what it earned, in numbers."""
+    rewards = record.get("rewards")
+    return _number(record.get("reward")) or isinstance(rewards, list) and bool(rewards) and all(map(_number, rewards)) or any(_number(m.get("reward")) for m in _assistants(record))
 
 
 def _get(record, key, where, schema):

@@ -14,7 +14,7 @@ import itertools
 import re
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
-from jaxalign.data.examples import Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Steps, Text
+from jaxalign.data.examples import Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Steps, Text, Trajectory
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.types import UserError
 
@@ -149,6 +149,8 @@ def segments(example: Example, template: Template) -> list[list[Segment]]:
             return [template.completion(prompt, completion)]
         case Chat(messages):
             return [template.conversation(messages)]
+        case Trajectory(said):
+            return segments(said, template)
         case Steps(prompt, steps):
             return [_stepped(template.completion(prompt, "".join(steps)), steps, template.name)]
         case Preference(prompt, chosen, rejected):

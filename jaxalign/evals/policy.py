@@ -20,7 +20,7 @@ class Samples(NamedTuple):
     """One entry per prompt row of the source, in its order; the same on every process."""
 
     completions: list[str]
-    logp: np.ndarray  # f64[N]; of the whole completion, under the model that sampled, at temperature 1
+    logp: np.ndarray  # f64[N]; of the whole completion, under the model that sampled, at temperature 1 (decoded by Q heads: at its own)
     ref_logp: np.ndarray  # f64[N]; the same under the reference (equal to logp without one)
     length: np.ndarray  # i64[N]; tokens, stop included
     truncated: np.ndarray  # bool[N]
@@ -37,8 +37,9 @@ def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: 
     with jax.set_mesh(mesh):
         for batch in eval_batches(prompts):
             rollout = generate(model, how, params, shard.place(batch._replace(records=()), mesh), key, draft=draft)
-            total = lambda p: token_logps(model, p, rollout).logp.sum(1)
-            logp = total(params) if score else rollout.truncated * 0
+            own = hasattr(model, "next_logits")  # it says itself what it draws from, and the sampler kept that
+            total = lambda p: token_logps(getattr(model, "trunk", model), p, rollout).logp.sum(1)
+            logp = rollout.truncated * 0 if not score else rollout.logp.sum(1) if own else total(params)
             ref = total(reference) if score and reference is not None else logp
             proxy = logp * 0 if judge is None else model_scores(*judge, rollout)
             real = shard.to_host(rollout.row) >= 0  # the last batch is filled up with empty rows
