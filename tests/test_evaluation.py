@@ -36,7 +36,7 @@ def evaluated(where, directory, objective, rows, stride=0, **sections):
     w = build.world(c, directory)
     s = build.make_stage(w, "r", c.stage, directory)
     s.save(jax.tree.map(lambda x: x * 3, s.params))  # louder than drawn, and untrained: what is judged here is the judging
-    return w, c.stage, verb.evaluate(w, None, c, stride)["r"]
+    return w, c.stage, verb.evaluate(w, None, c, stride=stride)["r"]
 
 
 def scored(w, c, directory):
