@@ -388,8 +388,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if named and rl.get("judge"):
         raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
-    if rl.combine not in (known := [*rewards.COMBINE, "weights"]) or rl.steps not in ("", *AGGREGATE):
-        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, list(AGGREGATE))}")
+    if rl.combine not in (known := [*rewards.COMBINE, "weights"]) or rl.steps not in (ways := ["", *AGGREGATE, "each"]):
+        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, ways)}")
     if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.get("reward_weights"):
         raise UserError(f"{name}: rl.combine apart keeps rewards apart; say how they add up, by rl.reward_weights or rl.scale_rewards {', '.join(SEVERAL)}")
     if rl.weights and (len(rl.weights) != len(named) or rl.combine != "mean"):
