@@ -2,9 +2,9 @@
 
 What holds, everywhere on POSIX: wall clock, CPU seconds, memory, size of files, a directory that is thrown away, no environment
 variables, isolated mode without site packages (-I -S). On Linux where the kernel lets an ordinary process make namespaces: no
-network, and no process outlives its program. Where we run as root, the program runs as nobody, if Python can be read by that user:
-then it can write nowhere but there, and the number of its processes is bounded. `holds` says which of these hold here. Files that
-everyone may read can be read.
+network, no process outlives its program, and (from 5.12 on) no file can be written but in that directory. Where we run as root, the
+program runs as nobody if that user can read Python: then the number of its processes is bounded too, as it is for everybody but
+root. `holds` says which of these hold here. What we may read the program may read.
 """
 
 from __future__ import annotations
@@ -33,8 +33,16 @@ if how["nobody"]:
     os.setgroups([]); os.setgid(how["nobody"]); os.setuid(how["nobody"])
 die()
 if how["apart"]:
-    if libc.unshare(0x10000000 | 0x40000000 | 0x20000000 | 0x08000000):  # user, network, processes, shared memory
+    if libc.unshare(0x10000000 | 0x00020000 | 0x40000000 | 0x20000000 | 0x08000000):  # user, mounts, network, processes, shared memory
         sys.exit(97)
+    if how["files"]:
+        here = os.getcwd().encode()
+        def setattr(path, on, off, deep):
+            return libc.syscall(442, -100, path, deep, (ctypes.c_uint64 * 4)(on, off, 0, 0), 32)  # mount_setattr
+        private = libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)
+        if private or libc.mount(here, here, None, 0x1000, None) or setattr(b"/", 1, 0, 0x8000) or setattr(here, 0, 1, 0):
+            sys.exit(98)
+        os.chdir(here)
     child = os.fork()
     if child:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -57,12 +65,12 @@ class Result(NamedTuple):
     overran: bool  # the wall clock
 
 
-def _run(program: str, stdin: str, seconds: float, memory_mib: int, apart: bool, nobody: bool) -> Result:
+def _run(program: str, stdin: str, seconds: float, memory_mib: int, apart: bool, files: bool, nobody: bool) -> Result:
     limits = {
         "RLIMIT_CPU": int(seconds) + 1, "RLIMIT_AS": memory_mib << 20, "RLIMIT_FSIZE": 16 << 20, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64,
         "RLIMIT_NPROC": 16,
     }  # fmt: skip
-    how = json.dumps({"apart": apart, "nobody": NOBODY if nobody else 0, "limits": limits, "seconds": seconds})
+    how = json.dumps({"apart": apart, "files": files, "nobody": NOBODY if nobody else 0, "limits": limits, "seconds": seconds})
     with tempfile.TemporaryDirectory(prefix="run-") as directory, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
         (Path(directory) / "main.py").write_text(program, encoding="utf-8", errors="replace")
         given.write(stdin.encode("utf-8", "replace"))
@@ -93,21 +101,20 @@ def _run(program: str, stdin: str, seconds: float, memory_mib: int, apart: bool,
 
 @functools.cache
 def holds() -> dict[str, bool]:
-    """{"network": it has none, "user": it runs as nobody}: the strongest of the two under which Python starts here at all."""
+    """{"network": it has none, "files": it writes nowhere else, "user": it runs as nobody}: as many, in this order, as Python starts under here."""
     root = hasattr(os, "geteuid") and os.geteuid() == 0
-    for apart, nobody in ((True, root), (True, False), (False, root), (False, False)):
-        if sys.platform != "linux" and apart:
-            continue
-        got = _run("import json, random, math\nprint('it runs')", "", 20.0, 512, apart, nobody)
-        if got.stdout.strip() == "it runs":
-            return {"network": apart, "user": nobody}
+    for apart, files in ((True, True), (True, False), (False, False)) if sys.platform == "linux" else ((False, False),):
+        for nobody in (True, False) if root else (False,):
+            got = _run("import json, random, math\nopen('f', 'w').write('it')\nprint(open('f').read(), 'runs')", "", 20.0, 512, apart, files, nobody)
+            if got.stdout.strip() == "it runs":
+                return {"network": apart, "files": files, "user": nobody}
     raise RuntimeError(f"no program can be run here under limits: {got.stderr[-500:] or got}")
 
 
 def run(program: str, stdin: str = "", *, seconds: float = 5.0, memory_mib: int = 512) -> Result:
     """Runs a program of Python's standard library."""
     here = holds()
-    return _run(program, stdin, seconds, memory_mib, here["network"], here["user"])
+    return _run(program, stdin, seconds, memory_mib, here["network"], here["files"], here["user"])
 
 
 def passes(program: str, tests: str, *, seconds: float = 5.0, memory_mib: int = 512) -> bool:

@@ -189,4 +189,14 @@ def test_processes_end_with_their_program(tmp_path):
     if sandbox.holds()["user"]:
         got = sandbox.run("import os\nfor _ in range(100):\n    if os.fork() == 0:\n        import time; time.sleep(5)", seconds=4.0)
         assert "BlockingIOError" in got.stderr
-        assert sandbox.run("open('/tmp/../etc/jaxalign', 'w')").code != 0
+
+
+def test_nothing_else_is_written(tmp_path):
+    if not (sandbox.holds()["files"] or sandbox.holds()["user"]):
+        pytest.skip("this kernel has no read-only mounts for ordinary processes")
+    note = tmp_path / "note"
+    note.write_text("mine")
+    for program in (f"open({str(note)!r}, 'w').write('yours')", f"import os; os.remove({str(note)!r})", f"open({str(tmp_path / 'new')!r}, 'w')"):
+        assert sandbox.run(program).code == 1
+    assert note.read_text() == "mine" and os.listdir(tmp_path) == ["note"]
+    assert sandbox.run("open('own', 'w').write('a'); print(open('own').read())").stdout == "a\n"
