@@ -21,7 +21,7 @@ from jaxalign.data import sources
 from jaxalign.models import heads, lora, peft
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
-from jaxalign.rl import environment, experience, online, rewards
+from jaxalign.rl import environment, experience, online, own_judge, rewards
 from jaxalign.rl.control import KL
 from jaxalign.rl.reference import Precomputed, WithReference
 from jaxalign.rl.rollout import Sampling, check_length
@@ -29,7 +29,7 @@ from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, judge_of, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -263,7 +263,7 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> 
     if kind in REWARDS:
         return f.training(adapted, unembed=False)
     if "rl" in c:
-        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r]
+        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r and "judge=" not in r]
         return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=c.objective.get("beta", 1) > 0)
     return f.training(adapted) + (f.forward() if isinstance(source, WithReference) else 0.0)
 
@@ -284,14 +284,18 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
     if rl.weights and (len(rl.weights) != len(named) or rl.combine != "mean"):
         raise UserError(f"{name}: rl.weights {tuple(rl.weights)} are those of a sum: one for each of the {len(named)} names of rl.reward, and rl.combine left at mean")
-    learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
+    judges = {r for r in named if r.startswith("judge=")}
+    learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r and r not in judges}
     # Not their heads: scores are compared at a finer grain than bf16 has.
     cast = (lambda x: x.astype(c.frozen_dtype)) if w.imagined is None else lambda x: jax.ShapeDtypeStruct(x.shape, c.frozen_dtype, sharding=x.sharding)
     learned = {r: {**p, "trunk": jax.tree.map(cast, p["trunk"])} for r, p in learned.items()}
     if w.imagined is not None:
         w.imagined.judges = list(learned.values())
     limits = rewards.Limits(rl.reward_timeout, rl.reward_workers, rl.on_reward_error)
-    one = lambda r, short: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
+    if judges and w.imagined is not None:
+        raise UserError(f"{name}: plan does not know the programs of a judge; leave {', '.join(sorted(judges))} out of rl.reward")
+    judge = lambda r: own_judge.judged(own_judge.Own(*judge_of(w, r.removeprefix("judge="), f"{name}.rl.reward"), w.mesh), w.decode, w.mesh, rl.rubric)
+    one = lambda r, short: rewards.learned(scalar, learned[r]) if r in learned else judge(r) if r in judges else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
     scorer = rewards.several({short: one(r, short) for r, short in zip(named, rewards.short_names(named))}, tuple(rl.weights), rl.combine, rl.uncertainty)
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]

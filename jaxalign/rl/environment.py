@@ -177,7 +177,7 @@ class Play:
         rows = [self._begin(i, prompts, salt) for i in range(len(prompts.row))]
         for turn in range(self.turns):
             live = [not c.over for c in rows]
-            width = _most(max((len(c.ids) for c, on in zip(rows, live) if on), default=0))
+            width = agreed(max((len(c.ids) for c, on in zip(rows, live) if on), default=0))
             if not width:
                 break
             self._turn(rows, live, width, params["policy"], prompts.row, nn.fold(key, "turn", turn), version)
@@ -254,7 +254,7 @@ class Play:
         return shard.place(rollout, self.mesh), shard.place(scores, self.mesh)
 
 
-def _most(n: int) -> int:
+def agreed(n: int) -> int:
     """The largest over all processes: shapes and loops must be the same on each."""
     if jax.process_count() == 1:
         return n
