@@ -164,7 +164,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """What rewards are called in metrics: a function's own name, a directory's last part; a second one of a name is NAME_2."""
     out: list[str] = []
     for p in paths:
-        name = p.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
+        name = p.removeprefix("judge=").rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
         same = sum(x == name or x.startswith(f"{name}_") and x[len(name) + 1 :].isdigit() for x in out)
         out.append(f"{name}_{same + 1}" if same else name)
     return out
