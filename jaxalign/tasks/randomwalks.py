@@ -164,17 +164,18 @@ class World:
         return self.demonstration_log_prob(text[:1], text[1:]) - math.log(len(STARTS)) if text[:1] in set(STARTS) else -math.inf
 
     def write_all(self, directory: str | Path, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Path]:
-        """Writes JSON Lines, and the tokenizer of 23 ids. sizes: rows of sft (the first so many of the 1000 walks), sft_eval (as
-        many walks of another draw), scored (sft with "reward": the walk's optimality), pairs (`pairs`), prompts and prompts_eval
-        (the 20 starts, again and again)."""
+        """Writes JSON Lines, and the tokenizer of 23 ids. sizes: rows of sft (the 1000 walks first; a larger number draws on),
+        sft_eval (walks of another draw), scored (as sft, with "reward": the walk's optimality), pairs (`pairs`), prompts and
+        prompts_eval (the 20 starts, again and again)."""
         g = graph()
+        more = graph(walks=max(sizes.get("sft", 0), sizes.get("scored", 0), 1000)).walks  # trlX's 1000, and after them others
         row = lambda w: {"prompt": w[0], "completion": w[1:]}
         fresh = lambda n: [_walk(g.edges, rng) for rng in [np.random.RandomState(SEED + 1)] for _ in range(n)]
         starts = lambda n: [{"prompt": STARTS[i % len(STARTS)]} for i in range(n)]
         makers = {
-            "sft": lambda n: [row(w) for w in g.walks[:n]],
+            "sft": lambda n: [row(w) for w in more[:n]],
             "sft_eval": lambda n: [row(w) for w in fresh(n)],
-            "scored": lambda n: [{**row(w), "reward": optimality(w, g)} for w in g.walks[:n]],
+            "scored": lambda n: [{**row(w), "reward": optimality(w, g)} for w in more[:n]],
             "pairs": lambda n: pairs(n, seed, g),
             "prompts": starts,
             "prompts_eval": starts,

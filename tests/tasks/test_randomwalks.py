@@ -91,5 +91,7 @@ def test_files(tmp_path):
     t = tokenizers.load(str(tmp_path / "tokenizer.json"))
     assert (t.vocab_size, t.bos_id, t.eos_id, t.pad_id) == (23, None, 21, 22)
     assert t.encode("abu") == [0, 1, 20] and t.decode([1, 20, 0, 21, 22]) == "bua"
+    longer = [json.loads(x) for x in r.World().write_all(tmp_path, {"sft": 1100})["sft"].read_text().splitlines()]
+    assert longer[:1000] == rows["sft"] and len(longer) == 1100
     with pytest.raises(ValueError, match="rankings"):
         r.World().write_all(tmp_path, {"rankings": 1})
