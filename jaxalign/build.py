@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, experience_of, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, experience_of, family, fields, has_critic, imported, method, nearest, plain, policy_of, preset, rounds, stage, stages
 from jaxalign.data import sources
 from jaxalign.data.templates import PLAIN, stop_ids
 from jaxalign.models import heads, lora, peft

@@ -244,7 +244,7 @@ def opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, st
     if template:
         config.tokenizer.template = template
     w = world(config, directory.parent if "stages" in config else directory)
-    kind = config.stages[config.stage].objective.name if "stages" in config else config.objective
+    kind = config.objective  # of the stage; one of a round's is a template in `stages`
     return w, config.stage, any("ForSequenceClassification" in c for c in classes) if published else kind in REWARDS
 
 

@@ -115,7 +115,7 @@ def ppo(
             "loss/value_avg": mean(vf),
             "val/clipfrac_avg": mean(vf_clipped),
             "val/error": mean((values - exp.returns) ** 2),
-            "val/mean": mean(values),
+            "val/mean": mean(exp.values),
             "returns/mean": mean(exp.returns),
             "val/ratio": mean(ratio),
             "val/dropped": (1 - keep, jnp.ones(())),

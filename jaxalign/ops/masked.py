@@ -29,10 +29,11 @@ def masked_whiten(x, mask, shift_mean: bool = True):
     return jnp.where(mask > 0, out if shift_mean else out + mean, 0)
 
 
-def population_whiten(x, mask):
+def population_whiten(x, mask, shift_mean: bool = True):
     """`masked_whiten` with the population's variance, which divides by n (lm-human-preferences, OpenRLHF)."""
-    out = (x - masked_mean(x, mask)) * jax.lax.rsqrt(masked_var(x, mask, unbiased=False) + 1e-8)
-    return jnp.where(mask > 0, out, 0)
+    mean = masked_mean(x, mask)
+    out = (x - mean) * jax.lax.rsqrt(masked_var(x, mask, unbiased=False) + 1e-8)
+    return jnp.where(mask > 0, out if shift_mean else out + mean, 0)
 
 
 WHITEN = {"bessel": masked_whiten, "population": population_whiten}

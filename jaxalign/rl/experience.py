@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxalign.objectives.ppo import states_and_values
 from jaxalign.ops import advantage, branches
 from jaxalign.ops.logprob import before, logprob, targets
-from jaxalign.ops.masked import WHITEN, masked_mean, masked_whiten, segment_sums, top_share
+from jaxalign.ops.masked import WHITEN, masked_mean, segment_sums, top_share
 from jaxalign.rl import rewards
 from jaxalign.types import Experience, GroupExperience, Model, Rollout, ScalarModel, Tokens, UserError
 
@@ -58,9 +58,7 @@ def make_experience(
 
     Old log-probs and values come from the training forward, not from the sampler; `logprob_gap` says how far the two
     are apart (nats, largest over the batch). divisor: of the scores, after penalty and clip (`rl.control.ScoreScale`).
-    whiten_form: a key of `masked.WHITEN`, for advantages. `importance_cap`: as in `importance`; None where the sampler is the
-    whiten_form: a key of `masked.WHITEN`, for advantages. `importance_cap`: as in `importance`; None where the sampler is the
-    policy.
+    whiten_form: a key of `masked.WHITEN`. `importance_cap`: as in `importance`; None where the sampler is the policy.
 
     scores f32[B], or f32[B,T] of each token. A row that has none (NaN) is left out: its mask is 0.
     """
@@ -81,7 +79,7 @@ def make_experience(
     else:
         r = mask * (rewards.adjust_tokens(scores, rollout.truncated, mask, **whole) / divisor - beta * kl_t)
     if whiten_rewards:
-        r = masked_whiten(r, mask, shift_mean=False)
+        r = WHITEN[whiten_form](r, mask, shift_mean=False)
     adv, returns = advantage.gae(r, values, mask, gamma, lam)
     explained = 1 - ((mask * (returns - values)) ** 2).sum() / jnp.maximum((mask * (returns - masked_mean(returns, mask)) ** 2).sum(), 1e-8)
     d = mask * (old.logp - ref.logp)

@@ -22,3 +22,10 @@ def test_q_and_v_heads_against_a_loop():
             np.testing.assert_allclose(q[i, b, t], mlp(params["q"][str(i)], x[b, t]), rtol=1e-4)
         np.testing.assert_allclose(v[b, t], mlp(params["v"], x[b, t])[0], rtol=1e-4)
     assert len({np.asarray(p["up"]["w"]).tobytes() for p in params["q"].values()}) == 3  # twins that start alike stay alike
+
+
+def test_where_heads_begin():
+    """Reward heads at std 1 / sqrt(D + 1), critics at 0: the first advantages are then the rewards themselves (lm-human-preferences)."""
+    reward, critic = (nn.init(heads.specs(4095, zero), jax.random.key(0)) for zero in (False, True))
+    np.testing.assert_allclose(np.asarray(reward["weight"]).std(), 1 / 64, rtol=0.05)
+    assert not reward["bias"] and not np.asarray(critic["weight"]).any() and not critic["bias"]

@@ -200,6 +200,7 @@ def test_population_whitening():
     x, mask = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32), np.tri(3, 5, 1, np.float32)
     ok = mask > 0
     close(np.asarray(masked.population_whiten(x, mask))[ok], ((x - x[ok].mean()) / x[ok].std())[ok], rtol=1e-4)
+    close(np.asarray(masked.population_whiten(x, mask, shift_mean=False))[ok], ((x - x[ok].mean()) / x[ok].std() + x[ok].mean())[ok], rtol=1e-4)
 
 
 # -- dynamic sampling -----------------------------------------------------------------------------------------------
