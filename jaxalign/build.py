@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any, Callable
 
@@ -395,7 +396,9 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if rl.weights and (len(rl.weights) != len(named) or rl.combine != "mean"):
         raise UserError(f"{name}: rl.weights {tuple(rl.weights)} are those of a sum: one for each of the {len(named)} names of rl.reward, and rl.combine left at mean")
     asked = {r for r in named if r.startswith("judge=")}
-    learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r and r not in asked}
+    networks = {r: _judge(w, name, r) for r in named if ":" not in r and r not in asked}
+    scalar = next(iter(networks.values()), scalar)  # of which a critic of its own is made
+    learned = {r: load_params(w, r, m.specs(), f"{name}.rl.reward") for r, m in networks.items()}
     if rl.combine == "weights":
         if len(learned) < len(named):
             raise UserError(f"{name}: rl.combine weights averages reward models, and {[r for r in named if r not in learned]} are functions; choose another way, or leave them out")
@@ -407,12 +410,12 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if w.imagined is not None:
         w.imagined.judges = list(learned.values())
     breaks = rewards.line_breaks(w.tokenizer.decode, w.tokenizer.vocab_size, model.config.vocab) if rl.steps and w.imagined is None else np.zeros(model.config.vocab, bool)
-    judge = lambda p: rewards.process(scalar, p, breaks, rl.steps) if rl.steps else rewards.learned(scalar, p)
+    judge = lambda r: rewards.process(networks[r], learned[r], breaks, rl.steps) if rl.steps else rewards.learned(networks[r], learned[r])
     limits = rewards.Limits(rl.reward_timeout, rl.reward_workers, rl.on_reward_error)
     if asked and w.imagined is not None:
         raise UserError(f"{name}: plan does not know the programs of a judge; leave {', '.join(sorted(asked))} out of rl.reward")
     opinion = lambda r: own_judge.judged(own_judge.Own(*judge_of(w, r.removeprefix("judge="), f"{name}.rl.reward"), w.mesh), w.decode, w.mesh, rl.rubric)
-    one = lambda r, short: judge(learned[r]) if r in learned else opinion(r) if r in asked else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
+    one = lambda r, short: judge(r) if r in learned else opinion(r) if r in asked else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
     if named or rl.environment:
         scorer = rewards.several({short: one(r, short) for r, short in zip(named, rewards.short_names(named))}, tuple(rl.weights), rl.combine, rl.uncertainty)
     elif rl.get("judge"):
@@ -482,6 +485,17 @@ def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:
     if judge.tokenizer.vocab_size != w.tokenizer.vocab_size or any(judge.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
         raise UserError(f"{named}: its tokenizer is another than the policy's; a reward model must read the same ids")
     return rewards.learned(heads.Scalar(judge.model), params)
+
+
+def _judge(w: World, name: str, where: str) -> heads.Scalar:
+    """The network of a reward model: of the policy's shape, unless a run directory says that it has its own."""
+    said = Path(w.find(where)) / "config.json"
+    if not said.exists() or "stage" not in json.loads(said.read_text(encoding="utf-8")):
+        return heads.Scalar(w.model)
+    theirs = opened(str(said.parent))[0]
+    if theirs.tokenizer.fingerprint != w.tokenizer.fingerprint:
+        raise UserError(f"{name}: rl.reward {where}: its tokenizer is another than the policy's; a reward model must read the same ids")
+    return heads.Scalar(theirs.model)
 
 
 def _call(f: Callable, *args, **kwargs):

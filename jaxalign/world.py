@@ -355,7 +355,7 @@ def drafter(w: World, how: Sampling) -> tuple | None:
 
 def judge_of(w: World, path: str, what: str) -> tuple:
     """(model, weights, tokenizer, template) of the run or directory that judges: with a vocabulary and a template of its own."""
-    other = _opened(w.find(path), "", "")[0]
+    other = opened(w.find(path), "", "")[0]
     return other.model, load_params(w, path, other.model.specs(), what), other.tokenizer, other.template
 
 
