@@ -15,6 +15,7 @@ from jaxalign.types import UserError
 
 def define(fv):
     common(fv)
+    flags.DEFINE_float("beta", 1.0, "of stages with Q heads (ILQL): how much advantages weigh when they sample", lower_bound=0.0, flag_values=fv)
     flags.DEFINE_integer("samples", 0, "samples per policy (0: what the config says)", flag_values=fv)
 
 
@@ -24,18 +25,18 @@ def main(fv, rest):
 
     config, workdir = fv.config, Path(fv.workdir)
     w = build.world(config, workdir)
-    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    world = build.embedded(config)
     if fv.samples and world is not None:
         with config.unlocked():
             config.world.samples = fv.samples
-    out = evaluate(w, world, config)
+    out = evaluate(w, world, config, fv.beta)
     import jax
 
     if jax.process_index() == 0:
         print(json.dumps(out, indent=1))
 
 
-def evaluate(w, world, config) -> dict:
+def evaluate(w, world, config, beta: float = 1.0) -> dict:
     """{"world", stage: held-out figures}, and "policies" and "frontier" in a world: of what the run directory holds."""
     from jaxalign import build
 
@@ -53,7 +54,7 @@ def evaluate(w, world, config) -> dict:
         elif stages[name].data.get("eval_path"):
             out[name] = _objective(w, stages[name], name)
     if world is not None and "sft" in done:
-        out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.REWARDS and n != "pretrain"])
+        out["policies"] = _policies(w, world, config, [n for n in done if stages[n].objective.name not in build.REWARDS and n != "pretrain"], beta)
         out["frontier"] = frontier(w, world, config)
     if len(out) == 1:
         raise UserError(f"nothing to evaluate: set data.eval_path of {' or '.join(done)} to a file of held-out rows")
@@ -104,6 +105,7 @@ def _reward(w, world, c, name: str) -> dict:
     from jaxalign import build
     from jaxalign.data import rows
     from jaxalign.evals import policy, stats
+    from jaxalign.evals.calibration import calibration
     from jaxalign.models import heads
 
     w = w.scored
@@ -123,7 +125,7 @@ def _reward(w, world, c, name: str) -> dict:
         "interval": list(stats.bootstrap(correct, groups)),
         "pairs": len(margins),
         "prompts": int(groups.max()) + 1,
-        **stats.calibration(margins, np.zeros_like(margins))._asdict(),
+        **calibration(margins, np.zeros_like(margins))._asdict(),
     }
     if world is not None:
         records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
@@ -161,7 +163,7 @@ def frontier(w, world, config) -> list[dict]:
     return [{"beta": b, "gold": t.reward, "kl": t.kl, "ess": t.ess} for b, t in points if t.ess >= 100]
 
 
-def _policies(w, world, config, names: list[str]) -> dict:
+def _policies(w, world, config, names: list[str], beta: float) -> dict:
     """Gold reward, KL to SFT and win rate against SFT's samples of the same held-out prompts."""
     import jax
 
@@ -178,10 +180,11 @@ def _policies(w, world, config, names: list[str]) -> dict:
     reference = build.load_params(w, "sft", w.model.specs(), "evaluation")
     got, gold = {}, {}
     for name in names:
-        params = reference if name == "sft" else build.load_params(w, str(w.stage_dir(name).absolute()), w.model.specs(), name)
+        model = build.valued(w, w.stage_dir(name), beta).model
+        params = reference if name == "sft" else build.load_params(w, str(w.stage_dir(name).absolute()), model.specs(), name)
         source = build.prompt_rows(w, records, batch)
         key = nn.fold(jax.random.key(config.seed), "evaluate", name)
-        got[name] = policy.sample(w.model, params, how, source, w.decode, key, w.mesh, reference=reference)
+        got[name] = policy.sample(model, params, how, source, w.decode, key, w.mesh, reference=reference)
         gold[name] = world.gold_rewards([r["prompt"] for r in records], got[name].completions)
     out = {}
     for name, s in got.items():

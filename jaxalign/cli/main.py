@@ -20,6 +20,7 @@ VERBS = {
     "inspect": "how the data becomes tokens and masks, and how the weights are laid out",
     "validate": "everything but the training: config, tokenizer, template, data and masks; exit 0 or 2",
     "plan": "memory, FLOPs, collectives and step time of a config on devices that need not be there",
+    "reproduce": "a published result, run again over several seeds, beside the committed curve; without a name, which there are",
     "convert": "between Hugging Face safetensors and jaxalign weights; adapters in and out",
 }
 

@@ -39,12 +39,31 @@ def run(config, workdir: Path, profile: str = "") -> dict:
     """The whole pipeline; returns the evaluation."""
     import jax
 
-    from jaxalign import build, report
+    from jaxalign import report
     from jaxalign.cli import eval as evaluation_verb
+
+    w, world, clock = trained(config, workdir, profile)
+    with clock("evaluate"):
+        evaluation = evaluation_verb.evaluate(w, world, config)
+    evaluation["seconds"] = clock.seconds
+    evaluation["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if jax.process_index() == 0:
+        _replace(workdir / "evaluation.json", json.dumps(evaluation, indent=1))
+        print(report.console(evaluation))
+        print(f"report: {report.write(workdir)}")
+    return evaluation
+
+
+def trained(config, workdir: Path, profile: str = "") -> tuple:
+    """(what the stages share, the world or None, the clock) once data, tokenizer and every stage of the config are there."""
+    import jax
+
+    from jaxalign import build
+    from jaxalign.cli import lineage, rounds
 
     build.check(config)
     clock = Clock(workdir)
-    world = build.imported(config.world.name)(seed=config.seed) if "world" in config else None
+    world = build.embedded(config)
     if world is not None:
         with clock("data"):
             _write_data(world, config, workdir)
@@ -56,23 +75,22 @@ def run(config, workdir: Path, profile: str = "") -> dict:
         if world is not None and Path(c.data.path).name in LABELLED and not (workdir / c.data.path).exists():
             with clock("label"):
                 _label(w, world, config)
+        if rounds.missing(w, config, c):
+            with clock("label"):
+                rounds.write(w, world, config, c)
+        rounds.note(w, config, c)
         if (workdir / name / "params" / "manifest.json").exists():
             if jax.process_index() == 0:
                 print(f"{name}: already done")
+            lineage.check(w, name, c)
             continue
         with clock(name):
             s = build.make_stage(w, name, c, workdir / name)
-            s.save(s.finish(s.go(profile)))
-            del s
-    with clock("evaluate"):
-        evaluation = evaluation_verb.evaluate(w, world, config)
-    evaluation["seconds"] = clock.seconds
-    evaluation["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    if jax.process_index() == 0:
-        _replace(workdir / "evaluation.json", json.dumps(evaluation, indent=1))
-        print(report.console(evaluation))
-        print(f"report: {report.write(workdir)}")
-    return evaluation
+            params = s.finish(s.go(profile))
+            s.save(params)
+            lineage.stage(w, name, c, params)
+            del s, params
+    return w, world, clock
 
 
 class Clock:
@@ -148,13 +166,7 @@ def _label(w, world, config) -> None:
         groups = [[t for t in (next(texts) for _ in range(k)) if t.strip() and not rows.unclean(t)] for k in ks]
         kept = [(p, g) for p, g in zip(prompts, groups) if len(set(g)) > 1]
         rankings = world.rankings([p for p, _ in kept], [g for _, g in kept], config.seed + (split == "eval"))
-        rng, pairs = np.random.default_rng([config.seed, split == "eval"]), []
-        for r in rankings:
-            order = rng.permutation(len(r["ranks"]))
-            for i, j in zip(order[::2], order[1::2]):  # each sample is in one pair
-                a, b = (i, j) if r["ranks"][i] < r["ranks"][j] else (j, i)
-                if r["ranks"][a] != r["ranks"][b]:
-                    pairs.append({"prompt": r["prompt"], "chosen": r["completions"][a], "rejected": r["completions"][b]})
+        pairs = disjoint_pairs(rankings, np.random.default_rng([config.seed, split == "eval"]))
         suffix = "_eval" if split == "eval" else ""
         if jax.process_index() == 0:
             for name, records in ((f"rankings{suffix}", rankings), (f"pairs{suffix}", pairs)):
@@ -162,3 +174,14 @@ def _label(w, world, config) -> None:
                 os.replace(temp, w.workdir / "data" / f"{name}.jsonl")
     build.barrier("label")
 
+
+def disjoint_pairs(rankings: list[dict], rng) -> list[dict]:
+    """Preference pairs of the answers of each ranking, each answer in one pair at most; ties are left out."""
+    pairs = []
+    for r in rankings:
+        order = rng.permutation(len(r["ranks"]))
+        for i, j in zip(order[::2], order[1::2]):
+            a, b = (i, j) if r["ranks"][i] < r["ranks"][j] else (j, i)
+            if r["ranks"][a] != r["ranks"][b]:
+                pairs.append({"prompt": r["prompt"], "chosen": r["completions"][a], "rejected": r["completions"][b]})
+    return pairs

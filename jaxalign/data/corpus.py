@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from jaxalign.data.examples import Chat, Completion, Example, Label, Preference, Prompt, Ranking, Text, Unusable
+from jaxalign.data.examples import Chat, Completion, Example, Label, Preference, Prompt, Ranking, Steps, Text, Trajectory, Unusable
 from jaxalign.data.formats import canonical
 from jaxalign.data.packing import Ragged
 from jaxalign.data.rows import Rows, given
@@ -141,9 +141,11 @@ def _as(kinds: tuple[type, ...], example: Example, record: Any, where: str) -> E
     """The example, as one of the kinds a source takes."""
     if isinstance(example, kinds):
         return example
+    if isinstance(example, Trajectory):  # what it earned is nothing to this source
+        return _as(kinds, example.said, record, where)
     if Prompt in kinds:
         record = record if isinstance(record, dict) else {}
-        if isinstance(example, (Completion, Preference, Ranking, Label)):
+        if isinstance(example, (Completion, Preference, Ranking, Label, Steps)):
             return Prompt(example.prompt, record)
         if isinstance(example, Chat):
             return Prompt(example.messages[:-1], record)

@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 
 from jaxalign.data.corpus import Corpus, encode
-from jaxalign.data.examples import Chat, Completion, Label, Preference, Prompt, Ranking, Text
+from jaxalign.data.examples import Chat, Completion, Label, Preference, Prompt, Ranking, Text, margin_of
 from jaxalign.data.packing import Ragged, fill, fill_shared, fill_spliced, pack, share, splice
 from jaxalign.data.rows import Rows
 from jaxalign.data.templates import PLAIN, Template
@@ -212,6 +212,7 @@ def pairs_source(
     max_drop: float = 0.5,
     vocab_size: int | None = None,
     share_prompt: Callable[[int, int], bool] | None = None,
+    margins: str = "",
 ) -> Offline:
     """`Pairs` [B,T], T = max_len (None: the longest of the set). References are 0 until `rl.reference` fills them.
 
@@ -227,15 +228,16 @@ def pairs_source(
             return "prompt_too_long"
         if max_len is not None and max(len(ids) for ids, _ in group) > max_len:
             return "too_long"
-        if not all(any(mask) for _, mask in group):
-            return "no_target"
-        return group if group[0][0] != group[1][0] else "identical"
+        if not all(any(mask) for _, mask in group) or group[0][0] == group[1][0]:
+            return "identical" if group[0][0] == group[1][0] else "no_target"
+        said.append((margin_of(example, margins), example.probability))
+        return group
 
+    said: list[tuple[float, float]] = []  # margin, probability
     corpus = encode(rows, tokenizer, template, (Preference,), admit, format, max_drop, vocab_size)
     length, layout = _padded(corpus.docs, max_len)
-    margin = np.array([e.margin for e in corpus.examples], np.float32)
+    margin, probability = np.array(said, np.float32).T
     corpus.examples.clear()
-
     one = 2 * np.arange(len(margin))
     together = share(corpus.docs, one, one + 1) if share_prompt else None
     if together is not None and not share_prompt(length, together.seq_len):
@@ -249,9 +251,9 @@ def pairs_source(
         rest = ref(), ref(), np.where(item < 0, 0, margin[item]).astype(np.float32)
         if together is not None:
             return SharedPairs(fill_shared(corpus.docs, together, item, tokenizer.pad_id), *rest)
-        return Pairs(side(0), side(1), *rest)
+        return Pairs(side(0), side(1), *rest, *([np.where(item < 0, 1, probability[item]).astype(np.float32)] if (probability < 1).any() else []))
 
-    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len)  # not how rows are laid out: that is the machine's choice, and pairs stay the same
+    options = dict(kind="pairs", max_len=max_len, max_prompt_len=max_prompt_len, **({"margins": margins} if margins else {}))  # not how rows are laid out: that is the machine's choice, and pairs stay the same
     return _offline(make, len(margin), corpus, options, batch_size, seed, shuffle, epochs, shard)
 
 

@@ -28,7 +28,7 @@ class Stage(NamedTuple):
 def stage(directory: Path, name: str) -> Stage:
     """Never raises for what the directory holds or lacks."""
     problems: list[str] = []
-    rows = [_rows(directory / f"{x}.jsonl", problems) for x in ("metrics", "timings", "events", "samples")]
+    rows = [read_rows(directory / f"{x}.jsonl", problems) for x in ("metrics", "timings", "events", "samples")]
     return Stage(name, *rows, *(document(directory / f"{x}.json", problems) for x in ("config", "environment")), problems)
 
 
@@ -43,7 +43,8 @@ def document(path: Path, problems: list[str]) -> Any:
         return None
 
 
-def _rows(path: Path, problems: list[str]) -> list[dict]:
+def read_rows(path: Path, problems: list[str]) -> list[dict]:
+    """The objects of a JSON Lines file; [] if there is none, or none that can be read (then `problems` says so)."""
     if not path.exists():
         return []
     try:

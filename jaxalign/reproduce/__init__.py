@@ -1,0 +1,1 @@
+"""Published results, run again: a small file for each, `jaxalign reproduce NAME` for all (`runner`)."""
