@@ -71,7 +71,7 @@ def _objective(w, c, name: str) -> dict:
     s = build.make_stage(w, name, c, w.stage_dir(name))
     params = build.load_params(w, str(w.stage_dir(name).absolute()), s.model.specs(), name)
     with jax.set_mesh(w.mesh):
-        return s.evaluate(state.TrainState(0, params, s.objective.init_aux(params) if s.objective.init_aux else (), (), jax.random.key(0)), whole=True)
+        return s.evaluate(state.TrainState(0, params, (), s.objective.init_aux(params) if s.objective.init_aux else (), jax.random.key(0)), whole=True)
 
 
 def _language(w, world, c, name: str) -> dict:
