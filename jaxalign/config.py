@@ -268,13 +268,14 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         c["rl"] = {
-            # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
-            # with commas, are an ensemble, or with weights a sum.
+            # A reward model's stage or directory, "package.module:function" (prompt, completion, record) -> float, or judge=DIR, a
+            # language model that rates answers; several, with commas, are an ensemble, or with weights a sum.
             "reward": "",
             "weights": (),  # of a sum, one for each reward
             "combine": "mean",  # of an ensemble: mean | min | median | mean_less_variance | mean_less_std | weights (one model: the mean of all weights)
             "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance, mean_less_std per unit of standard deviation
-            "steps": "",  # of a process reward model: min | product | last, what its steps' scores make; "": models of whole answers
+            "steps": "",  # of a process reward model: min | product | last, what its steps' scores make, or each, a reward at every step's end; "": models of whole answers
+            "rubric": "",  # what a judge is told to look at
             "reward_timeout": 60.0,  # seconds for one call of a reward function, which then runs in a process of its own; 0: in this one, without a limit
             "reward_workers": 1,  # such processes, which score rows side by side
             "on_reward_error": "error",  # error | nan (no score for that row) | a number (that score)
@@ -401,6 +402,73 @@ def plain(c: Any) -> Any:
     return {k: plain(c.get(k)) for k in c.keys()} if isinstance(c, ConfigDict) else tuple(map(plain, c)) if isinstance(c, (list, tuple)) else c
 
 
+def rounds(*order: str, **over: Any) -> dict[str, Any]:
+    """The section `rounds` of a pipeline: after the stages of its `order` those of `order` here, again and again, as NAME_1, NAME_2, ...
+
+    In the texts of these stages {round} is the round's number, {rounds} (of a file) the files of all rounds so far, {policy} the
+    policy that the round begins with, and the name of a stage of the round's own stands with {round}: reward="reward_{round}".
+    The files of a round, data/{rankings,pairs,best}_{round}.jsonl and data/kept_{round}_{1,2,...}.jsonl, are made when a stage reads
+    them, of what that policy answers then (`cli.rounds`).
+    """
+    section = {
+        "count": 2,
+        "order": order,
+        "start": "sft",  # the policy of the first round: a stage or a directory
+        "policy": order[-1] if order else "",  # which stage of a round is its new policy
+        "prompts": "data/prompts.jsonl",
+        "each": 64,  # prompts of a round, the next ones of the file
+        "candidates": 4,  # answers to each
+        "sampling": {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))},
+        # Who says which answer is better: "" the world's labellers; "people", who write data/rankings_{round}.jsonl; a function
+        # "package.module:function" (prompt, completion, record) -> float, higher is better; a reward model's stage.
+        "labeller": "",
+        "scorer": "",  # the same, of best_ and kept_ files; "": the labeller
+        # kept_{round}_{i}: answers that reach quantiles[i - 1] of the scores (of their prompt's, or of the whole round's), and the
+        # threshold where there is one; each text once, of a prompt at most `cap` (0: all).
+        "keep": {"quantiles": (0.0,), "of": "prompt", "threshold": config_dict.placeholder(float), "cap": 1},
+        "hint": "",  # STaR: "package.module:function" (record) -> prompt, asked again where nothing was kept; what it brings is kept without the hint
+    }
+    c = ConfigDict(section).lock()
+    for k, v in _known(c, over, "rounds").items():
+        c[k].update(_known(c[k], v, f"rounds.{k}")) if isinstance(v, dict) else c.update({k: v})
+    return c
+
+
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:
-    """{name: stage} in order: those of a pipeline, or the one of a train config."""
-    return {n: config.stages[n] for n in config.order} if "stages" in config else {config.get("stage_name", config.name): config.stage}
+    """{name: stage} in order: those of a pipeline, each round's one after the other, or the one of a train config."""
+    if "stages" not in config:
+        return {config.get("stage_name", config.name): config.stage}
+    out = {n: config.stages[n] for n in config.order}
+    if "rounds" in config:
+        r = config.rounds
+        if wrong := [n for n in (*r.order, r.policy) if n not in config.stages or n not in r.order]:
+            raise UserError(f"rounds.order and rounds.policy: no stage {wrong[0]!r};{nearest(wrong[0], list(config.stages))}")
+        for k in range(1, r.count + 1):
+            out |= {f"{n}_{k}": of_round(config.stages[n], k, policy_of(config, k)) for n in r.order}
+    return out
+
+
+def policy_of(config: ConfigDict, k: int) -> str:
+    """The policy that round k begins with."""
+    return config.rounds.start if k == 1 else f"{config.rounds.policy}_{k - 1}"
+
+
+def of_round(c: ConfigDict, k: int, policy: str) -> ConfigDict:
+    """A stage of a round, its texts filled in."""
+    c = c.copy_and_resolve_references()
+
+    def fill(text: str) -> str:
+        if "{rounds}" in text:
+            return ",".join(text.replace("{rounds}", str(i)) for i in range(1, k + 1))
+        return text.replace("{round}", str(k)).replace("{policy}", policy)
+
+    def walk(at: ConfigDict) -> None:
+        for key in at.keys():
+            v = at.get(key)
+            if isinstance(v, ConfigDict):
+                walk(v)
+            elif isinstance(v, str):
+                at[key] = fill(v)
+
+    walk(c)
+    return c

@@ -244,7 +244,7 @@ def opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, st
     if template:
         config.tokenizer.template = template
     w = world(config, directory.parent if "stages" in config else directory)
-    kind = config.stages[config.stage].objective.name if "stages" in config else config.objective
+    kind = config.objective  # of the stage; one of a round's is a template in `stages`
     return w, config.stage, any("ForSequenceClassification" in c for c in classes) if published else kind in REWARDS
 
 
@@ -351,6 +351,12 @@ def drafter(w: World, how: Sampling) -> tuple | None:
     if small.tokenizer.vocab_size != w.tokenizer.vocab_size or any(small.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
         raise UserError(f"sampling.draft {how.draft}: its tokenizer is another one; a draft must write in the same ids")
     return small.model, load_params(w, how.draft, small.model.specs(), "sampling.draft")
+
+
+def judge_of(w: World, path: str, what: str) -> tuple:
+    """(model, weights, tokenizer, template) of the run or directory that judges: with a vocabulary and a template of its own."""
+    other = opened(w.find(path), "", "")[0]
+    return other.model, load_params(w, path, other.model.specs(), what), other.tokenizer, other.template
 
 
 def prompt_rows(w: World, rows, batch: int) -> sources.Offline:

@@ -65,10 +65,10 @@ def write_data(directory: Path) -> None:
         "sft": [{"prompt": say(1) + ":", "completion": " " + say(2)} for _ in range(40)],
         "rankings": [{"prompt": say(1) + ":", "completions": [f" {say(2)} {k}" for k in range(3)], "ranks": [0, 1, 1]} for _ in range(24)],
         "pairs": [{"prompt": say(1) + ":", "chosen": f" {say(1)} yes", "rejected": f" {say(1)} no"} for _ in range(40)],
-        "labelled": [{"prompt": say(1) + ":", "completion": f" {say(2)}", "label": bool(k % 3)} for k in range(40)],
-        "steps": [{"prompt": say(1) + ":", "steps": [say(1), say(2)], "labels": [True, k % 2 == 0]} for k in range(40)],
         "prompts": [{"prompt": say(1) + ":"} for _ in range(24)],
         "labelled": [{"prompt": say(1) + ":", "completion": f" {say(1)} {'no yes'.split()[i % 2]}", "label": i % 2 == 1} for i in range(40)],
+        "steps": [{"prompt": say(1) + ":", "steps": [say(1), say(2)], "labels": [True, k % 2 == 0]} for k in range(40)],
+        "trajectories": [{"prompt": say(1) + ":", "completion": f" {say(2)}", "reward": i % 3 - 1.0} for i in range(40)],
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():

@@ -16,7 +16,7 @@ ONE = {"data": 1}
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 MAKE = shard.make_mesh
 OWN = {"masked_lm": {"mask_id": 3}, "span_corruption": {"sentinel_id": 200, "eos_id": 257}}  # what a method cannot guess
-FILES = {"tokens": "text", "pairs": "pairs", "rankings": "rankings", "labelled": "labelled", "steps": "steps", "prompts": "prompts"}
+FILES = {"tokens": "text", "pairs": "pairs", "rankings": "rankings", "labelled": "labelled", "steps": "steps", "trajectories": "trajectories", "prompts": "prompts"}
 
 
 @pytest.fixture(scope="module")

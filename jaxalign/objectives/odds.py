@@ -23,7 +23,8 @@ from jaxalign.types import BRANCH, Loss, Model, Objective, Pairs, SharedPairs, T
 def log1mexp(u):
     """log(1 - exp(u)) for u < 0, exact near both ends (Maechler 2012). u is cut at -1e-6: at probability 1 odds are infinite."""
     u, edge = jnp.minimum(u, -1e-6), -math.log(2)
-    return jnp.where(u > edge, jnp.log(-jnp.expm1(jnp.maximum(u, edge))), jnp.log1p(-jnp.exp(jnp.minimum(u, edge))))
+    near = u > edge  # each form is given numbers of its own half: the other's would make a NaN of the gradient
+    return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, u, edge))), jnp.log1p(-jnp.exp(jnp.where(near, edge, u))))
 
 
 def log_odds_ratio(a, b, n_w, n_l):
