@@ -353,6 +353,12 @@ def drafter(w: World, how: Sampling) -> tuple | None:
     return small.model, load_params(w, how.draft, small.model.specs(), "sampling.draft")
 
 
+def judge_of(w: World, path: str, what: str) -> tuple:
+    """(model, weights, tokenizer, template) of the run or directory that judges: with a vocabulary and a template of its own."""
+    other = opened(w.find(path), "", "")[0]
+    return other.model, load_params(w, path, other.model.specs(), what), other.tokenizer, other.template
+
+
 def prompt_rows(w: World, rows, batch: int) -> sources.Offline:
     """Prompts (records, or `read(path)`) in their own order, for sampling and evaluation, `batch` or a few more at a time."""
     shards = shard.batch_shards(w.mesh)

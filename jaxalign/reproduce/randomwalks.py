@@ -77,8 +77,8 @@ def get_config(arg=None):
         train=dict(steps=200, eval_every=40, save_every=100, keep=1),
         optim=dict(ADAM, lr=1e-3, schedule="linear", end=0.0, warmup=10),
     )
-    c.stages = {"sft": sft} | {a: make() for a, make in ARMS.items() if arm in ("", a)}
-    c.order = tuple(c.stages)
+    c.order = ("sft", *(a for a in ARMS if arm in ("", a)))
+    c.stages = {"sft": sft} | {a: ARMS[a]() for a in c.order[1:]}
     return c
 
 
