@@ -478,7 +478,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
 def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:
     """A scorer of rollouts (`rl.rewards`) by its name: a reward model's directory or stage, or "package.module:function"."""
     if ":" in named:
-        return rewards.python(imported(named), decode or w.decode, w.mesh)
+        return rewards.python(named, decode or w.decode, w.mesh)
     judge, _, params = trained(w.find(named))
     if "trunk" not in params:
         raise UserError(f"{named} holds a policy: name a reward model's directory, or a function as package.module:function")
