@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any, Callable
 
@@ -16,20 +17,25 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxalign import chips, shard, tree
-from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, family, fields, has_critic, imported, method, nearest, plain, preset, stage, stages
+from jaxalign.config import OBJECTIVES, OF_SAMPLING, REWARDS, Method, adapter, adapts, base, check_finite, embedded, experience_of, family, fields, has_critic, imported, method, nearest, plain, policy_of, preset, rounds, stage, stages
 from jaxalign.data import sources
+from jaxalign.data.templates import PLAIN, stop_ids
 from jaxalign.models import heads, lora, peft
+from jaxalign.objectives import ppo
+from jaxalign.objectives.preference import pair_logps
+from jaxalign.objectives.reward import AGGREGATE
 from jaxalign.ops import branches, nn
-from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS
-from jaxalign.rl import experience, online, rewards
-from jaxalign.rl.control import KL
-from jaxalign.rl.reference import Precomputed, WithReference
+from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
+from jaxalign.ops.masked import WHITEN
+from jaxalign.rl import environment, experience, judges, masking, online, own_judge, reinforce, rewards
+from jaxalign.rl.control import KL, SCORE_SCALES, ScoreScale
+from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
-from jaxalign.types import Experience, Objective, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, prompt_rows, sampling, shown, trained, world
+from jaxalign.types import Experience, Objective, RivalPairs, Source, Tree, UserError
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, judge_of, load_params, make_mesh, opened, prompt_rows, sampling, shown, trained, valued, world
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -40,14 +46,14 @@ def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline
     def sums(params, frozen, aux, batch, key):
         full = tree.merge(params, frozen["base"]) if "base" in frozen else params
         stats = {k: step.mean(*v) for k, v in objective.stats(full, frozen, aux, batch).items()} if objective.stats else {}
-        out = objective.loss(full, frozen, aux, batch, key, stats)
+        out = (objective.held_out or objective.loss)(full, frozen, aux, batch, key, stats)
         return {**out.metrics, **{f"loss/{k}": (t.total, t.weight) for k, t in out.terms.items()}}
 
     def evaluate(s: state.TrainState, counts: bool = False, whole: bool = False) -> dict[str, float]:
         total: dict[str, np.ndarray] = {}
         params = state.averaged(s)
         for batch in sources.eval_batches(source):
-            out = sums(params, {} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
+            out = sums(params, {k: v for k, v in frozen.items() if k != "base"} if whole else frozen, s.aux, prepare(shard.place(batch, mesh)), s.key)
             for k, v in jax.device_get(out).items():
                 total[k] = total.get(k, 0.0) + np.array(v, np.float64)
         tokens = {"tokens": float(total["nll"][1])} if counts else {}
@@ -93,17 +99,21 @@ class Stage:
         log = RunLog(self.workdir, process_index=jax.process_index(), mirrors=[TensorBoard(self.workdir / "tensorboard")] if w.config.tensorboard and jax.process_index() == 0 else ())
         with log:
             points = checkpoint.Checkpoints(self.workdir / "checkpoints", keep=c.train.keep)
+            if c.get("normalise") is not None and c.normalisation.before and points.latest() is None:
+                head = normalised(self, "reference", self.params if self.base is None else tree.merge(self.params, self.base))["head"]
+                self.params = {**self.params, "head": head}
             st, fn = self.begin()
             if adapts(c):
                 log.event("memory", **lora.memory(st.params, self.base, self.tx))
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=self.flops_per_token, trace=trace,
-                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}),
+                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}) | ({"teacher": state.fingerprint(self.frozen["teacher"])} if "teacher" in self.frozen else {}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = state.averaged(st)
             params = tree.merge(params, self.base) if self.base is not None else params
+            params = self.objective.finish(params, st.aux) if self.objective.finish else params
             params = params["policy"] if "rl" in c else params
             if not adapts(c):
                 return params
@@ -111,24 +121,41 @@ class Stage:
             return lora.merge(params)
 
     def finish(self, params: Tree) -> Tree:
-        """What is saved: for a reward model, with its scores of the candidates it was trained on at mean 0 and std 1."""
-        c, w = self.config, self.world
-        if not c.get("normalise"):
-            return params
-        from jaxalign.evals import policy
-
-        source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False)
-        scores = np.concatenate([s for s, _ in policy.candidate_scores(self.model, params, source, w.mesh)])
-        return rewards.normalise(params, scores)
+        """What is saved: for a reward model, with the scores that its `normalisation` names at mean 0 and std 1."""
+        return normalised(self, self.config.normalisation.by, params) if self.config.get("normalise") else params
 
     def save(self, params: Tree) -> None:
         if self.adapted is not None and hasattr(self.world.model.family, "HF"):
-            trunk, head = (self.adapted["trunk"], params["head"]) if "head" in params else (self.adapted, None)
+            trunk, head = self.adapted.get("trunk", self.adapted), params.get("head")
             peft.save(self.workdir / "adapter", self.world.model, trunk, base=self.config.init or None, head=head, rs=self.config.adapter.rslora)
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
 
 
-HEADS = ("^head/", r"^value/(head/)?(weight|bias)$")  # what trains beside the adapters
+def normalised(s: Stage, by: str, params: Tree) -> Tree:
+    """A reward model's params with gain and bias in the head: see `config.NORMALISATION`."""
+    from jaxalign.data import rows
+    from jaxalign.evals import policy
+
+    c, w, n = s.config, s.world, s.config.normalisation
+    if by == "candidates":
+        source = data_source(w, c.data, c.data.path, c.data.batch_size, 0, shuffle=False)
+        labelled = c.data.kind == "labelled"
+        return rewards.normalise(params, policy.row_scores(s.model, params, source, w.mesh)[0] if labelled else np.concatenate([x for x, _ in policy.candidate_scores(s.model, params, source, w.mesh)]))
+    if not n.path:
+        raise UserError(f"{s.name}: normalisation.path is empty; name the file with {'demonstrations' if by == 'demonstrations' else 'prompts for the reference policy'} (JSONL)")
+    if by == "demonstrations":
+        longest = c.data.get("max_len") or s.source.report()["max_length"]
+        source = data_source(w, ConfigDict({"seq_len": longest, "packing": "pad", "too_long": "drop", "max_drop": c.data.max_drop}), n.path, c.data.batch_size, 0, shuffle=False, kind="tokens")
+        return rewards.normalise(params, policy.row_scores(s.model, params, source, w.mesh)[0], scale=False)
+    reference = load_params(w, n.policy or c.init, w.model.specs(), f"{s.name}.normalisation.policy")
+    records = [r for r, _ in rows.read(w.find(n.path))]
+    records = [records[i % len(records)] for i in range(n.samples)]  # of few prompts, several answers
+    how = sampling(w, ConfigDict({"max_new": n.max_new, "temperature": n.temperature}))
+    key = nn.fold(jax.random.key(w.config.seed), "normalise", s.name)
+    return rewards.normalise(params, policy.reference_scores(w.model, reference, how, prompt_rows(w, records, min(256, n.samples)), s.model, params, key, w.mesh))
+
+
+HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^[qv]/")  # what trains beside the adapters
 
 
 def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None) -> tuple[Tree, Tree | None]:
@@ -146,6 +173,8 @@ def _settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
     out = {k: v for k, v in plain(c).items() if k != "reference_cache"}
     out["optim"].pop("offload")  # where the state lies, like the mesh
+    for k in ("reward_timeout", "reward_workers"):  # how long somebody waits for a score, not which it is
+        out.get("rl", {}).pop(k, None)
     out["data"] = {k: v for k, v in out["data"].items() if k not in ("path", "eval_path")}
     return {**out, "train": {"steps": c.train.steps}, "model": plain(config.model), "seed": config.seed}
 
@@ -162,24 +191,44 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
     """(optimizer settings, loop settings) of one stage, or what is wrong with it."""
     batch, shards = c.data.batch_size, shard.batch_shards(mesh)
     parts = c.rl.minibatches if "rl" in c else 1
-    group = c.rl.get("group", 1) if "rl" in c else 1
+    m = method(c.objective.name, c.data.kind)
+    group = (c.rl.get(m.rows, 1) if m.rows else 1) if "rl" in c else 1  # rows that train, of a prompt
     pieces = max(c.data.accumulate, 1)
     if min(batch, parts, group) < 1 or c.data.accumulate < 0 or batch % shards or batch * group % (parts * pieces * shards):
-        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {pieces} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.group {group} answers each" if group > 1 else ""))
+        raise UserError(f"{name}: data.batch_size {batch} must be a multiple of data.accumulate {pieces} x data x fsdp x expert {shards}" + (f" x rl.minibatches {parts}" if "rl" in c else "") + (f"; it counts prompts, with rl.{m.rows} {group} answers each" if group > 1 else ""))
     try:
         if c.get("frozen_dtype", "float32") not in ("float32", "bfloat16"):
             raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
-            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.importance_cap is not None and c.rl.importance_cap <= 0):
-                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.importance_cap} above 0")
-            if c.rl.rollout_devices and batch * group % c.rl.rollout_devices:
-                raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {batch * group} answers of a rollout")
-            if "group" in c.rl and c.rl.group < 2:
+            rewards.Limits(c.rl.reward_timeout, c.rl.reward_workers, c.rl.on_reward_error)
+            environment.check(c.rl.environment, c.rl.turns, c.rl.context, c.sampling.max_new, bool(c.rl.reward), bool(c.rl.rollout_devices))
+            if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.get("importance_cap") is not None and c.rl.importance_cap <= 0):
+                raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.get('importance_cap')} above 0")
+            answers = batch * c.rl.get("group", 1)
+            if c.rl.rollout_devices and answers % c.rl.rollout_devices:
+                raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {answers} answers of a rollout")
+            if "keep" in c.rl and not (1 <= c.rl.keep <= c.rl.group and 0 <= c.rl.quantile < 1):
+                raise UserError(f"rl.keep {c.rl.keep} must be between 1 and rl.group {c.rl.group}, and rl.quantile {c.rl.quantile} at least 0 and below 1")
+            if m.batch is RivalPairs and c.rl.group != 1:
+                raise UserError(f"rl.group {c.rl.group}: {c.objective.name} compares one answer of the policy with one of the reference; set it to 1")
+            if "group" in c.rl and c.rl.group < min(2, m.group):
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
-            for k, known in {"kl_estimator": KL_ESTIMATORS, "scale_rewards": GROUP_ADVANTAGES, "old_logp": experience.OLD_LOGP[:2]}.items():
+            names = {"kl_estimator": KL_ESTIMATORS, "scale_rewards": {**GROUP_ADVANTAGES, **SEVERAL}, "old_logp": experience.OLD_LOGP[:2]}
+            names |= {"importance_form": experience.IMPORTANCE, "whiten_form": WHITEN, "scale_score": SCORE_SCALES, "baseline": reinforce.BASELINES}
+            for k, known in names.items():
                 if k in c.rl and c.rl[k] not in known:
                     raise UserError(f"rl.{k} {c.rl[k]!r} is unknown;{nearest(str(c.rl[k]), list(known))}")
+        if "normalisation" in c:
+            n = c.normalisation
+            if c.data.kind == "steps" and (c.normalise or n.before):
+                raise UserError("the scores of steps are log-odds, which gain and bias would spoil; leave normalise and normalisation.before false")
+            if n.by not in ("candidates", "reference", "demonstrations") or n.samples < 2:
+                raise UserError(f"normalisation.by {n.by!r} is candidates, reference or demonstrations, and normalisation.samples {n.samples} 2 or more")
+            if (n.before or c.normalise and n.by != "candidates") and not n.path:
+                raise UserError(f"normalisation.path is empty: name the file with {'demonstrations' if n.by == 'demonstrations' else 'prompts for the reference policy'} (JSONL)")
+            if n.before and n.by == "demonstrations":
+                raise UserError("normalisation.before samples the reference policy for the prompts of normalisation.path, and by 'demonstrations' reads answers there; choose one")
         adapter(c)
         return optim.Optim(**plain(c.optim)), run.Loop(**plain(c.train))
     except UserError as e:
@@ -195,32 +244,46 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     m = method(kind, c.data.kind)
     options = {k: v for k, v in plain(c.objective).items() if k != "name"}
     key = nn.fold(jax.random.key(seed), "init", name)
-    trunk = load_params(w, c.init, w.model.specs(), f"{name}.init") if c.init else None
+    started = kind in REWARDS and c.init and w.imagined is None and checkpoint.holds(w.find(c.init), "head")  # goes on with a reward model
+    trunk = load_params(w, c.init, (heads.Scalar(w.scored.model) if started else w.model).specs(), f"{name}.init") if c.init else None
+    trunk, first = (trunk["trunk"], trunk["head"]) if started else (trunk, None)
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
     prepare = lambda b: b
+    if "teacher" in c:
+        teacher, frozen["teacher"] = _teacher(w, name, c)
+        options["teacher"] = teacher
 
     if kind not in (*REWARDS, "masked_lm") and kind in OBJECTIVES and not getattr(w.model, "causal", True):
         raise UserError(f"{name}: this model reads both ways and writes nothing; it can be trained with masked_lm, {' or '.join(REWARDS)}")
-    if kind in REWARDS and w.scored is not w:
+    if kind in REWARDS and w.scored is not w and started:
+        w = w.scored
+    elif kind in REWARDS and w.scored is not w:
         w, whole = w.scored, {} if trunk is None else tree.flat(trunk)
         fresh = tree.flat(draw(w.model.specs(), "trunk"))  # a pooler that no masked-LM head has
         trunk = tree.unflat({k: whole.get(k, x) for k, x in fresh.items()})
     if "rl" in c:
         model, objective, source, params = _make_online(w, name, c, m, options, trunk, draw, key, frozen)
-        longest = source.prompts.report()["max_length"] + c.sampling.max_new
+        longest = c.rl.context or source.prompts.report()["max_length"] + c.sampling.max_new
     else:
         if kind in REWARDS:
             model = heads.Scalar(w.model)
             trunk = trunk if trunk is not None else draw(w.model.specs(), "trunk")
-            params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head"))))
+            if c.head:
+                key = nn.fold(jax.random.key(seed), "init", c.head)
+            params = dict(zip(("trunk", "head"), adapted(w, c, key, trunk, draw(heads.specs(w.model.config.dim), "head") if first is None else first)))
+        elif m.twins is not None:
+            model = heads.Guided(w.model, m.twins)
+            trunk = trunk if trunk is not None else draw(w.model.specs(), "policy")
+            params = {"trunk": adapted(w, c, key, trunk)[0], **draw(heads.q_and_v_specs(w.model.config.dim, w.model.config.vocab, m.twins), "heads")}
         else:
             model, params = w.model, adapted(w, c, key, trunk if trunk is not None else draw(w.model.specs(), "policy"))[0]
         objective = m.maker(model, **options)
         share = objective.shared and c.data.get("share_prompt") and shares_prompt(model, w.mesh)
         cost = lambda *x: branches.cost(model.config.dim, *x)
-        how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {}
-        source = data_source(w, c.data, c.data.path, batch, seed, **how)
+        how = {"share_prompt": lambda apart, together: cost(together) < cost(apart, apart)} if share else {"mismatched": True} if objective.mismatched else {}
+        w = dataclasses.replace(w, template=PLAIN) if m.plain else w
+        source = data_source(w, c.data, c.data.path, batch, seed + 1_000_003 * c.data.get("order", 0), **how)
         longest = c.data.get("seq_len") or source.report()["max_length"]
         if "reference" in c and not (c.reference or c.init):
             if kind in OBJECTIVES:
@@ -228,14 +291,13 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         elif "reference" in c:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
             reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference", c.frozen_dtype)
-            if w.imagined is None and (c.reference_cache or loop.steps * batch > source.size):  # else no pair is drawn twice
-                known = state.fingerprint(reference), repr(w.model.config), source.contents
-                source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known)
+            summed = objective.reference or pair_logps
+            if w.imagined is None and (c.reference_cache or loop.steps * batch > source.size):  # else no item is drawn twice
+                known = state.fingerprint(reference), repr(w.model.config), source.contents, *((repr(sorted(options.items())),) if objective.reference else ())
+                source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known, summed)
             else:
-                source = WithReference(source, w.model, reference, w.mesh)
-            from jaxalign.rl.reference import add_reference
-
-            prepare = lambda b: add_reference(w.model, reference, b)
+                source = WithReference(source, w.model, reference, w.mesh, summed)
+            prepare = lambda b: add_reference(w.model, reference, b, summed)
     evaluate = None
     if c.data.get("eval_path") and "rl" not in c:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how)
@@ -250,7 +312,23 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         params, remains = tree.split(params, trained)
         frozen["base"] = remains
     tx, schedule = optim.make(o, loop.steps, params)
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, _flops(w, c, kind, longest, source))
+    work = _flops(w, c, kind, longest, source)
+    if work and (taught := options.get("teacher") and flops.of(options["teacher"], longest)):
+        work += taught.forward()
+    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, work)
+
+
+def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
+    """(model, weights) of `teacher`: of its own family and shape, with the student's vocabulary; of the student's shape where weights
+    lie alone, or are imagined."""
+    if not c.teacher:
+        raise UserError(f"{name}: {c.objective.name} needs a teacher; set teacher to a stage, a run directory or a Hugging Face directory")
+    where = w.find(c.teacher)
+    theirs = opened(where)[0] if (Path(where) / "config.json").exists() else w
+    if theirs.tokenizer.fingerprint != w.tokenizer.fingerprint:
+        raise UserError(f"{name}: the teacher {c.teacher!r} has another tokenizer than the student, so its probabilities are of other tokens; set tokenizer.path to the teacher's")
+    theirs = dataclasses.replace(theirs, mesh=w.mesh, rules=w.rules, imagined=w.imagined)
+    return theirs.model, load_params(theirs, str(Path(where).absolute()), theirs.model.specs(), f"{name}.teacher", c.frozen_dtype)
 
 
 def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, frozen: dict, evaluate: Callable | None) -> Callable:
@@ -291,7 +369,7 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> 
     if kind in REWARDS:
         return f.training(adapted, unembed=False)
     if "rl" in c:
-        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r]
+        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r and "judge=" not in r]
         return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=c.objective.get("beta", 1) > 0)
     return f.training(adapted) + (f.forward() if isinstance(source, WithReference) else 0.0)
 
@@ -302,54 +380,122 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: {c.objective.name} needs a policy to start from; set init to a stage or a directory")
     policy, _ = adapted(w, c, key, policy)
     reference = None
-    if critic or m.reference and options.get("beta", 1):  # without a KL penalty nothing asks for one
+    penalties = [d["beta"] for d in (options, rl) if "beta" in d]  # in the loss, off the reward
+    if critic or m.reference and (any(penalties) or not penalties):  # without a KL penalty nothing asks for one
         reference = lora.base(policy) if adapts(c) and not rl.reference else load_params(w, rl.reference or c.init, model.specs(), f"{name}.rl.reference", c.frozen_dtype)
     scalar = heads.Scalar(model)
     named = [r.strip() for r in rl.reward.split(",") if r.strip()]
-    if not named:
+    if not (named or rl.get("judge") or rl.environment or "teacher" in c):
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
-    if rl.combine not in rewards.COMBINE:
-        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, list(rewards.COMBINE))}")
-    learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
+    if named and rl.get("judge"):
+        raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
+    if rl.combine not in (known := [*rewards.COMBINE, "weights"]) or rl.steps not in (ways := ["", *AGGREGATE, "each"]):
+        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, ways)}")
+    if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.get("reward_weights"):
+        raise UserError(f"{name}: rl.combine apart keeps rewards apart; say how they add up, by rl.reward_weights or rl.scale_rewards {', '.join(SEVERAL)}")
+    if rl.weights and (len(rl.weights) != len(named) or rl.combine != "mean"):
+        raise UserError(f"{name}: rl.weights {tuple(rl.weights)} are those of a sum: one for each of the {len(named)} names of rl.reward, and rl.combine left at mean")
+    asked = {r for r in named if r.startswith("judge=")}
+    networks = {r: _judge(w, name, r) for r in named if ":" not in r and r not in asked}
+    scalar = next(iter(networks.values()), scalar)  # of which a critic of its own is made
+    learned = {r: load_params(w, r, m.specs(), f"{name}.rl.reward") for r, m in networks.items()}
+    if rl.combine == "weights":
+        if len(learned) < len(named):
+            raise UserError(f"{name}: rl.combine weights averages reward models, and {[r for r in named if r not in learned]} are functions; choose another way, or leave them out")
+        learned = {named[0]: rewards.averaged(list(learned.values())) if w.imagined is None else learned[named[0]]}
+        named = named[:1]
     # Not their heads: scores are compared at a finer grain than bf16 has.
     cast = (lambda x: x.astype(c.frozen_dtype)) if w.imagined is None else lambda x: jax.ShapeDtypeStruct(x.shape, c.frozen_dtype, sharding=x.sharding)
     learned = {r: {**p, "trunk": jax.tree.map(cast, p["trunk"])} for r, p in learned.items()}
     if w.imagined is not None:
         w.imagined.judges = list(learned.values())
-    one = lambda r: rewards.learned(scalar, learned[r]) if r in learned else rewards.python(imported(r), w.decode, w.mesh)
-    scorer = rewards.ensemble([one(r) for r in named], rl.combine, rl.uncertainty)
+    breaks = rewards.line_breaks(w.tokenizer.decode, w.tokenizer.vocab_size, model.config.vocab) if rl.steps and w.imagined is None else np.zeros(model.config.vocab, bool)
+    judge = lambda r: rewards.process(networks[r], learned[r], breaks, rl.steps) if rl.steps else rewards.learned(networks[r], learned[r])
+    limits = rewards.Limits(rl.reward_timeout, rl.reward_workers, rl.on_reward_error)
+    if asked and w.imagined is not None:
+        raise UserError(f"{name}: plan does not know the programs of a judge; leave {', '.join(sorted(asked))} out of rl.reward")
+    opinion = lambda r: own_judge.judged(own_judge.Own(*judge_of(w, r.removeprefix("judge="), f"{name}.rl.reward"), w.mesh), w.decode, w.mesh, rl.rubric)
+    one = lambda r, short: judge(r) if r in learned else opinion(r) if r in asked else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
+    if named or rl.environment:
+        scorer = rewards.several({short: one(r, short) for r, short in zip(named, rewards.short_names(named))}, tuple(rl.weights), rl.combine, rl.uncertainty)
+    elif rl.get("judge"):
+        scorer = judges.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
+    else:
+        scorer = rewards.none
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)
     longest = prompts.report()["max_length"]
-    check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
-    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new}
+    if rl.environment:
+        check_length(model, rl.context, f"{name}: rl.context")
+    else:
+        check_length(model, longest + c.sampling.max_new, f"{name}: prompts of {c.data.path} with sampling.max_new")
+    special = tuple(sorted({*stop_ids(w.tokenizer, w.template), w.tokenizer.bos_id, w.tokenizer.eos_id, w.tokenizer.pad_id} - {None}))
+    of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new * (rl.turns if rl.environment else 1), "special": special, "updates": rl.epochs * rl.minibatches}
     takes = lambda f: {k: of_sampling[k] for k in OF_SAMPLING if k in fields(f)}
     maker, options = functools.partial(maker, **takes(maker)), {k: v for k, v in options.items() if k not in OF_SAMPLING}
-    make = experience.make_experience if critic else m.experience
+    make = experience_of(m)
     shaping = {**plain(ConfigDict({k: rl[k] for k in fields(make) if k in rl})), **takes(make)}
     if rl.staleness and shaping.get("importance_cap", 0) is None:
         shaping["importance_cap"] = 2.0  # what an older policy sampled is not trained on as if it were its own
     how = dict(reference=reference, epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
+    actor = model
+    if m.actor is not None:
+        if rl.staleness:
+            raise UserError(f"{name}: rl.staleness {rl.staleness}: {c.objective.name} trains on what its masks of today allowed; set it to 0")
+        actor, how["lagging"] = m.actor(model, **options, special=special), masking.beside(frozen)
     if critic:
         value, head = _critic(w, name, c, scalar, learned, draw, key)
         mix = None
-        if options["ptx_coef"]:
+        if options.get("ptx_coef"):
             mix = data_source(w, ConfigDict({"seq_len": rl.mix.seq_len}), rl.mix.path, rl.mix.batch_size, w.config.seed, kind="tokens")
-        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, value, params, reference, rollout, scores, beta, **shaping)
-        how |= dict(kl=KL(rl.beta, rl.target, rl.horizon), mix=mix, kind=Experience)
+        step_of = lambda params, reference, rollout, scores, beta, *scale, call=_call: call(make, actor, value, params, reference, rollout, scores, beta, *scale, **shaping)
+        how |= dict(kl=KL(rl.beta, rl.target, rl.horizon, rl.controller), mix=mix, kind=Experience)
+        if rl.scale_score != "none":
+            adjust = {"missing_eos_penalty": rl.missing_eos_penalty, "missing_eos_value": rl.missing_eos_value, "clip": rl.clip_score}
+            how["score_scale"] = ScoreScale(rl.scale_score, functools.partial(rewards.adjust, **adjust))
+        if options.get("target_kl"):
+            how["stop"] = functools.partial(ppo.went_too_far, options["target_kl"])
         objective, params = maker(model, value, **options), {"policy": policy, "value": head}
     else:
         shaping["group"] = rl.group
         if rl.epochs * rl.minibatches == 1 and shaping.get("old_logp") == "forward" and shaping["importance_cap"] is None:
             shaping["old_logp"] = "current"
-        if c.data.get("share_prompt") and shares_prompt(model, w.mesh):
+        if c.data.get("share_prompt") and shares_prompt(model, w.mesh) and not rl.environment:
             parts = rl.minibatches * max(c.data.accumulate, 1) * shard.batch_shards(w.mesh)
             shaping["answers_per_row"] = experience.answers_per_row(rl.group, longest, c.sampling.max_new, model.config.dim, c.data.batch_size * rl.group, parts)
-        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, scores, **shaping)
-        how |= dict(group=rl.group, kind=m.batch, rival=m.rival)
+        whole = lambda scores: scores if scores.ndim == 1 or rl.combine == "apart" else scores.sum(1)  # of each answer: without a critic nothing tells its tokens apart
+        step_of = lambda params, reference, rollout, scores, beta, call=_call: call(make, model, params, reference, rollout, whole(scores), **shaping)
+        how |= dict(group=rl.group, kind=m.batch, rival=m.rival and functools.partial(m.rival, **{k: rl[k] for k in fields(m.rival)}), rounds=rl.get("dynamic_rounds", 0))
         objective, params = maker(model, **options), {"policy": policy}
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
-    return model, objective, online.OnlineSource(prompts, model, scorer, sampler, w.mesh, step_of, **how), params
+    if rl.environment:
+        if m.rival:
+            raise UserError(f"{name}: {c.objective.name} compares with the answer of a rival, who takes no turns; leave rl.environment empty")
+        how["play"] = environment.Play(imported(rl.environment), model, sampler, w.tokenizer, w.template, w.mesh, turns=rl.turns, context=rl.context, group=rl.get("group", 1), seconds=rl.reward_timeout)
+    return model, objective, online.OnlineSource(prompts, actor, scorer, sampler, w.mesh, step_of, **how), params
+
+
+def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:
+    """A scorer of rollouts (`rl.rewards`) by its name: a reward model's directory or stage, or "package.module:function"."""
+    if ":" in named:
+        return rewards.python(imported(named), decode or w.decode, w.mesh)
+    judge, _, params = trained(w.find(named))
+    if "trunk" not in params:
+        raise UserError(f"{named} holds a policy: name a reward model's directory, or a function as package.module:function")
+    if judge.tokenizer.vocab_size != w.tokenizer.vocab_size or any(judge.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
+        raise UserError(f"{named}: its tokenizer is another than the policy's; a reward model must read the same ids")
+    return rewards.learned(heads.Scalar(judge.model), params)
+
+
+def _judge(w: World, name: str, where: str) -> heads.Scalar:
+    """The network of a reward model: of the policy's shape, unless a run directory says that it has its own."""
+    said = Path(w.find(where)) / "config.json"
+    if not said.exists() or "stage" not in json.loads(said.read_text(encoding="utf-8")):
+        return heads.Scalar(w.model)
+    theirs = opened(str(said.parent))[0]
+    if theirs.tokenizer.fingerprint != w.tokenizer.fingerprint:
+        raise UserError(f"{name}: rl.reward {where}: its tokenizer is another than the policy's; a reward model must read the same ids")
+    return heads.Scalar(theirs.model)
 
 
 def _call(f: Callable, *args, **kwargs):

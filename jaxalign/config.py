@@ -19,13 +19,13 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxalign.models import bert, decoder, gpt2, lora, neox, t5
-from jaxalign.objectives import grpo, lm, ppo, preference, reward
+from jaxalign.objectives import a2c, answers, distill, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward, span
 from jaxalign.ops import quant
-from jaxalign.rl import experience
+from jaxalign.rl import experience, masking, reinforce, rivals, selection
 from jaxalign.rl.control import KL
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import optim, run
-from jaxalign.types import GroupExperience, Objective, UserError
+from jaxalign.types import Duels, Experience, GroupExperience, Objective, Pairs, RivalPairs, Tokens, UserError
 
 class Method(NamedTuple):
     """What a config's objective name stands for."""
@@ -37,34 +37,117 @@ class Method(NamedTuple):
     experience: Callable = experience.group_experience
     batch: type = GroupExperience
     group: int = 8
-    rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`)
+    rival: Callable | None = None  # who writes one more answer to each prompt (`rl.online.OnlineSource`); keyword-only arguments are fields of rl
+    rows: str = "group"  # the field of rl that says how many rows of a batch come of a prompt; "": one
+    rl: dict = {}  # defaults of its rl section that are not those of `experience`
+    twins: int | None = None  # so many Q heads, and a value head, stand on the trunk (`models.heads.Guided`); None: neither
+    actor: Callable | None = None  # (model, options of the objective) -> the model that samples, who reads the objective's aux too (`rl.masking`)
+    plain: bool = False  # of tokens: reads texts as they are, whatever the template makes of conversations
 
 
 # A config may name any other maker by import path, "package.module:function".
 OBJECTIVES: dict[str, Method] = {
     "lm": Method(lm.lm, "tokens"),
     "masked_lm": Method(lm.masked, "tokens"),
+    "dft": Method(lm.dft, "tokens"),
+    "span_corruption": Method(span.span_corruption, "tokens", plain=True),
+    "distill": Method(distill.distill, "tokens"),
+    "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1),
     "reward": Method(reward.rankings, "rankings"),
     "reward_pairs": Method(reward.pairs, "pairs"),
+    "reward_best": Method(reward.best, "rankings"),
+    "reward_regression": Method(reward.scores, "labelled"),
+    "reward_steps": Method(reward.steps, "steps"),
     "dpo": Method(preference.dpo, "pairs"),
     "cdpo": Method(preference.cdpo, "pairs"),
     "ipo": Method(preference.ipo, "pairs"),
     "hinge": Method(preference.hinge, "pairs"),
+    "robust": Method(preference.robust, "pairs"),
+    "ipo_sum": Method(preference.ipo_sum, "pairs"),
+    "dpo_norm": Method(preference.dpo_norm, "pairs"),
+    "r_dpo": Method(preference.r_dpo, "pairs"),
+    "exo": Method(preference.exo, "pairs"),
+    "nca": Method(preference.nca, "pairs"),
+    "sppo": Method(preference.sppo, "pairs"),
+    "apo_zero": Method(preference.apo_zero, "pairs"),
+    "apo_down": Method(preference.apo_down, "pairs"),
+    "discopop": Method(preference.discopop, "pairs"),
+    "f_dpo": Method(preference.f_dpo, "pairs"),
+    "aot": Method(dpo_variants.aot, "pairs"),
+    "aot_unpaired": Method(dpo_variants.aot_unpaired, "pairs"),
+    "bco_pair": Method(dpo_variants.bco_pair, "pairs"),
+    "mpo": Method(dpo_variants.mpo, "pairs"),
+    "rpo": Method(dpo_variants.rpo, "pairs"),
+    "wpo": Method(dpo_variants.wpo, "pairs"),
+    "ld_dpo": Method(dpo_variants.ld_dpo, "pairs"),
+    "tr_dpo": Method(dpo_variants.tr_dpo, "pairs", reference=False),  # its own moves with the policy
+    "dpo_free": Method(preference.dpo, "pairs", reference=False),
+    "orpo": Method(odds.orpo, "pairs", reference=False),
+    "cpo": Method(odds.cpo, "pairs", reference=False),
+    "cpo_hinge": Method(odds.cpo_hinge, "pairs", reference=False),
+    "cpo_ipo": Method(odds.cpo_ipo, "pairs", reference=False),
+    "simpo": Method(odds.simpo, "pairs", reference=False),
+    "alphapo": Method(odds.alphapo, "pairs", reference=False),
+    "slic": Method(odds.slic, "pairs", reference=False),
+    "kto": Method(kto.kto, "labelled"),
+    "bco": Method(kto.bco, "labelled"),
+    "apo_zero_unpaired": Method(kto.apo_zero_unpaired, "labelled"),
+    "pl_dpo": Method(ranked.pl_dpo, "rankings"),
+    "rrhf": Method(ranked.rrhf, "rankings", reference=False),
     "ppo": Method(ppo.ppo, "prompts"),
     "grpo": Method(grpo.grpo, "prompts"),
     "token_grpo": Method(grpo.token_grpo, "prompts"),
-    "dr_grpo": Method(grpo.dr_grpo, "prompts"),
+    "dr_grpo": Method(grpo.dr_grpo, "prompts", rl={"scale_rewards": "none"}),
+    "dapo": Method(grpo.dapo, "prompts", group=16, rl={"mask_truncated": True, "dynamic_rounds": 10}),
+    "cispo": Method(grpo.cispo, "prompts"),
+    "gspo": Method(answers.gspo, "prompts"),
+    "gspo_token": Method(answers.gspo_token, "prompts"),
+    "gmpo": Method(answers.gmpo, "prompts"),
+    "rloo": Method(answers.rloo, "prompts", group=4, rl={"scale_rewards": "rloo", "beta": 0.05}),
+    "reinforce_pp": Method(grpo.reinforce_pp, "prompts", experience=reinforce.reinforce_experience, group=1),
+    "reinforce_pp_baseline": Method(grpo.reinforce_pp, "prompts", experience=reinforce.reinforce_experience, rl={"baseline": "group"}),
+    "remax": Method(grpo.remax, "prompts", experience=reinforce.remax_experience, group=1, rival=reinforce.greedy),
+    "a2c": Method(a2c.a2c, "prompts", rl={"epochs": 1, "whiten_advantages": False}),
+    "online_dpo": Method(online.online_dpo, "prompts", experience=selection.pair_experience, batch=Pairs, group=2, rows=""),
+    "xpo": Method(online.xpo, "prompts", experience=selection.rival_pairs, batch=RivalPairs, group=1, rival=rivals.reference, rows=""),
+    "nash_md": Method(online.nash_md, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),
+    "nash_md_token": Method(online.nash_md_token, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),
+    "raft": Method(online.raft, "prompts", reference=False, experience=selection.best_experience, batch=Tokens, rows="keep"),
+    "nlpo": Method(nlpo.nlpo, "prompts", experience=masking.nlpo_experience, batch=Experience, actor=masking.actor),
+    "ilql": Method(ilql.ilql, "trajectories", twins=2),
+    "ilql_original": Method(ilql.ilql_original, "trajectories", twins=2),
+    "mc_returns": Method(offline.mc_returns, "trajectories", twins=1),
+    "advantage_weighted_bc": Method(offline.advantage_weighted_bc, "trajectories", twins=0),
+    "filtered_bc": Method(lm.lm, "trajectories"),
 }
 FAMILIES = {"decoder": decoder, "gpt2": gpt2, "neox": neox, "t5": t5, "bert": bert}
-OF_SAMPLING = ("temperature", "max_new")  # what an objective or an experience takes from the sampling section
-REWARDS = ("reward", "reward_pairs")  # trained on a trunk with a scalar head
+# What an objective or an experience takes from the sampling section, the tokenizer (ids that are special) and rl (updates of a rollout).
+OF_SAMPLING = ("temperature", "max_new", "special", "updates")
+REWARDS = ("reward", "reward_pairs", "reward_best", "reward_regression", "reward_steps")  # trained on a trunk with a scalar head
+COMPARED = ("reward", "reward_pairs", "reward_best")  # of these: from comparisons, which fix neither the scores' origin nor their scale
 
 # What the data section of each kind of batch has besides what they all have.
 KINDS = {
     "tokens": {"eval_path": "", "seq_len": 256, "packing": "bfd", "too_long": "truncate"},
     "pairs": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
     "rankings": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_k": config_dict.placeholder(int)},
+    "labelled": {"eval_path": "", "max_len": config_dict.placeholder(int), "max_prompt_len": config_dict.placeholder(int)},
+    "steps": {"eval_path": "", "max_len": config_dict.placeholder(int)},
     "prompts": {"max_prompt_len": config_dict.placeholder(int)},
+    "trajectories": {"eval_path": "", "max_len": config_dict.placeholder(int), "top": 1.0, "standardise": False},
+}
+
+# Of reward models: what their scores are measured against. Gain and bias are folded into the head.
+NORMALISATION = {
+    # at the end: the answers that were trained on, of which "candidates" get mean 0 and std 1; samples of the "reference" policy, the
+    # same; or "demonstrations", mean 0 and the scale as it is
+    "by": "candidates",
+    "before": False,  # also before training, by samples of the reference
+    "path": "",  # prompts for the reference, or demonstrations
+    "policy": "",  # the reference; "": the stage's own init
+    "samples": 256,
+    "max_new": 64,
+    "temperature": 1.0,
 }
 
 # Of every stage: low-rank matrices beside frozen weights.
@@ -170,19 +253,35 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
     if kind == "pairs" and objective not in REWARDS or kind == "prompts" and not critic and m.experience is experience.group_experience:
         c["data"]["share_prompt"] = True  # what answers one prompt stands with it in one row, where that is exact and costs less
     if objective in REWARDS:
-        c["normalise"] = True  # scores of the training candidates get mean 0 and std 1, folded into the head at the end
-    elif kind == "pairs" and m.reference:
+        c["normalise"] = objective in COMPARED  # at the end; the others predict what people said, in its own unit
+        c["normalisation"] = dict(NORMALISATION)
+        c["head"] = ""  # the stage with whose drawn head this one starts; "": its own. Members whose weights are averaged share one
+        c["data"]["order"] = 0  # another number: the same rows in another order, for the members of an ensemble
+        if objective == "reward_pairs":
+            c["data"]["margins"] = ""  # small or large: a row's "rating" becomes a margin (`data.formats.MARGINS`)
+    elif kind in ("pairs", "labelled", "rankings") and m.reference:
         c["reference"] = ""  # "": the stage's own init
         c["reference_cache"] = ""  # a directory to keep the reference's log-probs in, for other runs
-    if kind in ("pairs", "prompts") and objective not in REWARDS:
+    if has_teacher(maker):
+        c["teacher"] = ""  # a stage, run directory or HF directory: whose distribution is learned
+    if (kind in ("pairs", "labelled", "rankings", "prompts") or has_teacher(maker)) and objective not in REWARDS:
         c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         c["rl"] = {
-            # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
-            # with commas, are an ensemble.
+            # A reward model's stage or directory, "package.module:function" (prompt, completion, record) -> float, or judge=DIR, a
+            # language model that rates answers; several, with commas, are an ensemble, or with weights a sum.
             "reward": "",
-            "combine": "mean",  # of an ensemble: mean | min | mean_less_variance
-            "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance
+            "weights": (),  # of a sum, one for each reward
+            "combine": "mean",  # of an ensemble: mean | min | median | mean_less_variance | mean_less_std | weights (one model: the mean of all weights)
+            "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance, mean_less_std per unit of standard deviation
+            "steps": "",  # of a process reward model: min | product | last, what its steps' scores make, or each, a reward at every step's end; "": models of whole answers
+            "rubric": "",  # what a judge is told to look at
+            "reward_timeout": 60.0,  # seconds for one call of a reward function, which then runs in a process of its own; 0: in this one, without a limit
+            "reward_workers": 1,  # such processes, which score rows side by side
+            "on_reward_error": "error",  # error | nan (no score for that row) | a number (that score)
+            "environment": "",  # "package.module:Class" to take turns with, in place of rl.reward (`rl.environment`)
+            "turns": 1,  # of the policy in a conversation with an environment, at most
+            "context": 0,  # tokens of a whole conversation, at most
             "reference": "",  # "": the stage's own init
             "epochs": 4 if critic else 1,
             "minibatches": 1,
@@ -193,11 +292,16 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
             c["rl"] |= {
                 "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
                 **fields(KL),
-                **fields(experience.make_experience, skip=OF_SAMPLING),
+                "scale_score": "none",  # what scores are divided by: none | running | first (`rl.control.ScoreScale`)
+                **fields(experience_of(m), skip=OF_SAMPLING),
                 "mix": {"path": "", "batch_size": 8, "seq_len": 256},  # pretraining text for PPO-ptx
             }
         else:
-            c["rl"] |= {"group": m.group, **fields(m.experience, skip=(*OF_SAMPLING, "group", "answers_per_row"))}
+            c["rl"] |= {"group": m.group, **fields(m.experience, skip=(*OF_SAMPLING, "group", "answers_per_row")), **(fields(m.rival) if m.rival else {})}
+            if m.batch is GroupExperience:
+                c["rl"]["dynamic_rounds"] = 0  # throw groups of equal rewards away and draw more prompts, so many times at most; 0: train on all
+            c["rl"]["judge"] = ""  # in place of reward: "package.module:function" (prompt, first, second, record) -> P(first is better)
+        c["rl"] |= m.rl
         c["sampling"] = {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))}
     c = ConfigDict(c).lock()
     _known(c, sections, "stage")
@@ -210,13 +314,29 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
 
 
 def method(name: str, kind: str = "tokens") -> Method:
-    """What an objective's name, or the import path of a maker, stands for; `kind` says what the latter's data is."""
+    """What an objective's name, or the import path of a maker, stands for; `kind` says what the latter's data is.
+
+    "online_NAME" is any loss of pairs, NAME, on pairs that the policy samples itself: online_ipo, online_hinge, ...
+    """
+    offline = OBJECTIVES.get(name.removeprefix("online_"))
+    if name not in OBJECTIVES and offline is not None and offline.kind == "pairs" and name.removeprefix("online_") not in REWARDS:
+        return OBJECTIVES["online_dpo"]._replace(maker=online.on_policy(offline.maker), reference=offline.reference)
     return OBJECTIVES[name] if name in OBJECTIVES else Method(imported(name), kind)
 
 
 def has_critic(maker: Callable) -> bool:
     """Whether an objective's maker takes a value network, as PPO's does: else its batches are what `Method.experience` makes."""
     return "value" in inspect.signature(maker).parameters
+
+
+def experience_of(m: Method) -> Callable:
+    """What makes of rollouts what a method reads."""
+    return experience.make_experience if has_critic(m.maker) and m.experience is experience.group_experience else m.experience
+
+
+def has_teacher(maker: Callable) -> bool:
+    """Whether an objective's maker takes a second model, whose frozen weights it learns from."""
+    return "teacher" in inspect.signature(maker).parameters
 
 
 def adapts(c: ConfigDict) -> bool:
@@ -282,6 +402,73 @@ def plain(c: Any) -> Any:
     return {k: plain(c.get(k)) for k in c.keys()} if isinstance(c, ConfigDict) else tuple(map(plain, c)) if isinstance(c, (list, tuple)) else c
 
 
+def rounds(*order: str, **over: Any) -> dict[str, Any]:
+    """The section `rounds` of a pipeline: after the stages of its `order` those of `order` here, again and again, as NAME_1, NAME_2, ...
+
+    In the texts of these stages {round} is the round's number, {rounds} (of a file) the files of all rounds so far, {policy} the
+    policy that the round begins with, and the name of a stage of the round's own stands with {round}: reward="reward_{round}".
+    The files of a round, data/{rankings,pairs,best}_{round}.jsonl and data/kept_{round}_{1,2,...}.jsonl, are made when a stage reads
+    them, of what that policy answers then (`cli.rounds`).
+    """
+    section = {
+        "count": 2,
+        "order": order,
+        "start": "sft",  # the policy of the first round: a stage or a directory
+        "policy": order[-1] if order else "",  # which stage of a round is its new policy
+        "prompts": "data/prompts.jsonl",
+        "each": 64,  # prompts of a round, the next ones of the file
+        "candidates": 4,  # answers to each
+        "sampling": {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))},
+        # Who says which answer is better: "" the world's labellers; "people", who write data/rankings_{round}.jsonl; a function
+        # "package.module:function" (prompt, completion, record) -> float, higher is better; a reward model's stage.
+        "labeller": "",
+        "scorer": "",  # the same, of best_ and kept_ files; "": the labeller
+        # kept_{round}_{i}: answers that reach quantiles[i - 1] of the scores (of their prompt's, or of the whole round's), and the
+        # threshold where there is one; each text once, of a prompt at most `cap` (0: all).
+        "keep": {"quantiles": (0.0,), "of": "prompt", "threshold": config_dict.placeholder(float), "cap": 1},
+        "hint": "",  # STaR: "package.module:function" (record) -> prompt, asked again where nothing was kept; what it brings is kept without the hint
+    }
+    c = ConfigDict(section).lock()
+    for k, v in _known(c, over, "rounds").items():
+        c[k].update(_known(c[k], v, f"rounds.{k}")) if isinstance(v, dict) else c.update({k: v})
+    return c
+
+
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:
-    """{name: stage} in order: those of a pipeline, or the one of a train config."""
-    return {n: config.stages[n] for n in config.order} if "stages" in config else {config.get("stage_name", config.name): config.stage}
+    """{name: stage} in order: those of a pipeline, each round's one after the other, or the one of a train config."""
+    if "stages" not in config:
+        return {config.get("stage_name", config.name): config.stage}
+    out = {n: config.stages[n] for n in config.order}
+    if "rounds" in config:
+        r = config.rounds
+        if wrong := [n for n in (*r.order, r.policy) if n not in config.stages or n not in r.order]:
+            raise UserError(f"rounds.order and rounds.policy: no stage {wrong[0]!r};{nearest(wrong[0], list(config.stages))}")
+        for k in range(1, r.count + 1):
+            out |= {f"{n}_{k}": of_round(config.stages[n], k, policy_of(config, k)) for n in r.order}
+    return out
+
+
+def policy_of(config: ConfigDict, k: int) -> str:
+    """The policy that round k begins with."""
+    return config.rounds.start if k == 1 else f"{config.rounds.policy}_{k - 1}"
+
+
+def of_round(c: ConfigDict, k: int, policy: str) -> ConfigDict:
+    """A stage of a round, its texts filled in."""
+    c = c.copy_and_resolve_references()
+
+    def fill(text: str) -> str:
+        if "{rounds}" in text:
+            return ",".join(text.replace("{rounds}", str(i)) for i in range(1, k + 1))
+        return text.replace("{round}", str(k)).replace("{policy}", policy)
+
+    def walk(at: ConfigDict) -> None:
+        for key in at.keys():
+            v = at.get(key)
+            if isinstance(v, ConfigDict):
+                walk(v)
+            elif isinstance(v, str):
+                at[key] = fill(v)
+
+    walk(c)
+    return c

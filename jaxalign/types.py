@@ -46,6 +46,7 @@ class Pairs(NamedTuple):
     ref_chosen: Array  # f32[B]; reference log-prob summed over the completion (0 until `rl.reference` fills it)
     ref_rejected: Array  # f32[B]
     margin: Array  # f32[B]; how much better (Llama 2); 0 when the data says nothing
+    probability: Array | None = None  # f32[B]; that the chosen one is the better one. None: it is, in every pair
 
 
 class SharedPairs(NamedTuple):
@@ -63,6 +64,36 @@ class Rankings(NamedTuple):
     candidates: Tokens  # leaves [B,K,T]
     rank: Array  # i32[B,K]; smaller is better, equal is a tie
     valid: Array  # f32[B,K]; 0 = this slot holds no candidate (K varies within a batch)
+    ref: Array | None = None  # f32[B,K]; reference log-prob summed over the completion (None until `rl.reference` fills it)
+
+
+class Labelled(NamedTuple):
+    """One answer per row with what somebody said of it. A row whose completion mask is empty weighs 0."""
+
+    rows: Tokens
+    label: Array  # f32[B]; a score, or of good and bad answers 1 and 0
+    ref: Array  # f32[B]; reference log-prob summed over the completion (0 until `rl.reference` fills it)
+    # KTO's: the prompt of each row with the answer to another prompt. None where no objective asks for it.
+    mismatched: Tokens | None = None  # leaves [B,T'], T' may differ from T
+    ref_mismatched: Array | None = None  # f32[B]; as ref
+
+
+class Trajectories(NamedTuple):
+    """One episode per row: what was said, and what it earned. ``mask`` marks the actions: the tokens of the policy's turns."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]
+    segments: Array  # i32[B,T]
+    positions: Array  # i32[B,T]
+    rewards: Array  # f32[B,T]; at the action that earns it, 0 elsewhere
+    terminal: Array  # f32[B]; 0 = cut off: the episode would have gone on after its last token
+
+
+class Steps(NamedTuple):
+    """One answer per row, and what somebody said of its steps. ``rows.mask`` marks the last token of each step that was judged."""
+
+    rows: Tokens
+    label: Array  # f32[B,T]; at those tokens: 1 = right, 0 = wrong, or between
 
 
 class Prompts(NamedTuple):
@@ -115,6 +146,28 @@ class GroupExperience(NamedTuple):
     ref_logp: Array | None = None  # f32[B,T]; None: no KL penalty
 
 
+class RivalPairs(NamedTuple):
+    """Pairs of which the policy wrote one side and a rival the other."""
+
+    chosen: Tokens
+    rejected: Tokens
+    ref_chosen: Array  # f32[B]; as in `Pairs`
+    ref_rejected: Array  # f32[B]
+    margin: Array  # f32[B]
+    rival_won: Array  # f32[B]; 1 = the chosen side is the rival's
+
+
+class Duels(NamedTuple):
+    """Answers of the policy, each of which was compared with a rival's to the same prompt. A row with an empty mask weighs 0."""
+
+    tokens: Array  # i32[B,T]
+    mask: Array  # f32[B,T]
+    segments: Array  # i32[B,T]
+    positions: Array  # i32[B,T]
+    preferred: Array  # f32[B]; the probability that it is better than the rival's
+    ref_logp: Array  # f32[B,T]; 0 outside mask
+
+
 # -- losses ---------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +196,12 @@ class Objective:
     stats: Callable[..., Metrics] | None = None
     init_aux: Callable[[Tree], Tree] | None = None
     update_aux: Callable[..., Tree] | None = None  # (aux, params, metrics, step) -> aux, once after each update
+    finish: Callable[..., Tree] | None = None  # (params, aux) -> what is kept of a finished run; None: the params
     whole_batch: bool = False  # not a sum over examples: accumulation > 1 is refused
+    held_out: Callable[..., Loss] | None = None  # the loss where nothing is trained: without the noise of training
     shared: bool = False  # reads `SharedPairs` as well as `Pairs`
+    mismatched: bool = False  # reads `Labelled.mismatched`
+    reference: Callable | None = None  # (model, params, batch) -> (chosen, rejected, ...): a reference's log-probs of pairs, where they are not plain sums
 
 
 # -- models and sources ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
 from jaxalign.config import REWARDS, base, check_finite, family, imported, plain, stages
-from jaxalign.data import chosen, hub, sources
+from jaxalign.data import chosen, hub, judged, sources, trajectories
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
@@ -191,14 +191,17 @@ def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None 
 
 def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
     """A source over `path` as the data section says."""
-    make = {"tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "prompts": sources.prompts_source}
+    make = {
+        "tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "labelled": sources.labelled_source,
+        "steps": judged.steps_source, "prompts": sources.prompts_source, "trajectories": trajectories.trajectories_source,
+    }  # fmt: skip
     kind = kind or c.kind
     if w.imagined is not None:
-        return w.imagined.source(w, c, kind, batch)
+        return w.imagined.source(w, c, kind, batch, mismatched=more.get("mismatched", False))
     if not path:
         raise UserError(f"data.path is empty: name the file with the {kind} to train on (JSONL)")
     paths = [w.find(p) for p in path.split(",")]
-    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop") if k in c and k not in more and k in inspect.signature(make[kind]).parameters}
+    options = {k: c.get(k) for k in ("seq_len", "packing", "too_long", "max_len", "max_prompt_len", "max_k", "max_drop", "top", "standardise", "margins") if k in c and k not in more and k in inspect.signature(make[kind]).parameters}
     if ":" in (form := c.get("format") or ""):
         form = imported(form)  # record -> example
     skip = c.get("on_bad_row") == "skip"
@@ -214,7 +217,7 @@ def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, sh
     return source
 
 
-def _opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, str, bool]:
+def opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, str, bool]:
     """(world, stage name, whether it is a reward model) of a stage's directory, by the config.json that it keeps, or of a
     Hugging Face directory, which is read as it is."""
     directory = Path(run)
@@ -241,25 +244,36 @@ def _opened(run: str, template: str = "", tokenizer: str = "") -> tuple[World, s
     if template:
         config.tokenizer.template = template
     w = world(config, directory.parent if "stages" in config else directory)
-    kind = config.stages[config.stage].objective.name if "stages" in config else config.objective
+    kind = config.objective  # of the stage; one of a round's is a template in `stages`
     return w, config.stage, any("ForSequenceClassification" in c for c in classes) if published else kind in REWARDS
 
 
-def trained(run: str, dtype: str | None = "float32", *, template: str = "", tokenizer: str = "", adapter: str = "", writes: bool = False) -> tuple[World, str, Tree]:
+def trained(run: str, dtype: str | None = "float32", *, template: str = "", tokenizer: str = "", adapter: str = "", writes: bool = False, beta: float = 1.0, clip: float | None = None) -> tuple[World, str, Tree]:
     """(world, stage name, weights) of a finished stage's directory, or of a Hugging Face directory with its own chat template.
 
     dtype: as `load_params`. template, tokenizer: others than its own. adapter: a PEFT directory, or a stage that left one, attached to the weights and not merged.
-    writes: refuse, before any weight is read, a model that can not continue a text.
+    writes: refuse, before any weight is read, a model that can not continue a text. beta, clip: of a stage with Q heads, how it decodes.
     """
-    w, name, reward = _opened(run, template, tokenizer)
+    w, name, reward = opened(run, template, tokenizer)
     if writes:
         if reward:
             raise UserError(f"{run} holds a reward model: it scores texts and writes none; name a policy's directory")
         if not getattr(w.model, "causal", True):
             raise UserError(f"{run} holds a model that reads both ways (model.family {w.config.model.family}): it can not continue a text; name a causal one")
-    w = w.scored if reward else w
+    w = w.scored if reward else valued(w, run, beta, clip)
     params = load_params(w, str(Path(run).absolute()), heads.Scalar(w.model).specs() if reward else w.model.specs(), run, dtype)
     return w, name, adapted_by(w, params, adapter) if adapter else params
+
+
+def valued(w: World, stage: str | os.PathLike, beta: float = 1.0, clip: float | None = None) -> World:
+    """The same world where a stage's weights are a model alone; where they hold Q and value heads too, with a model that decodes by
+    them (`models.heads.Guided`)."""
+    params = Path(stage) / "params"
+    names = tree.flat(checkpoint.structure(params)) if w.imagined is None and params.is_dir() else {}
+    if not any(k.startswith("v/") for k in names):
+        return w
+    twins = len({k.split("/")[1] for k in names if k.startswith("q/")})
+    return dataclasses.replace(w, model=heads.Guided(w.model, twins, beta, clip))
 
 
 def adapted_by(w: World, params: Tree, adapter: str) -> Tree:
@@ -268,6 +282,8 @@ def adapted_by(w: World, params: Tree, adapter: str) -> Tree:
     path = path / "adapter" if (path / "adapter").is_dir() else path
     if not (path / peft.CONFIG).exists():
         raise UserError(f"--adapter={adapter}: there is no {path / peft.CONFIG}; name a PEFT directory, or a stage that was trained with adapters")
+    if isinstance(w.model, heads.Guided):
+        return {**params, "trunk": peft.load(path, w.model.trunk, params["trunk"], mesh=w.mesh, rules=w.rules)}
     if "trunk" not in params:
         return peft.load(path, w.model, params, mesh=w.mesh, rules=w.rules)
     trunk, head = peft.load(path, w.model, params["trunk"], head=params["head"], mesh=w.mesh, rules=w.rules)
@@ -331,10 +347,16 @@ def drafter(w: World, how: Sampling) -> tuple | None:
     """(model, weights) of the run or directory that how.draft names; None where it names none."""
     if how.draft in ("", "ngram"):
         return None
-    small = _opened(w.find(how.draft), "", "")[0]
+    small = opened(w.find(how.draft), "", "")[0]
     if small.tokenizer.vocab_size != w.tokenizer.vocab_size or any(small.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
         raise UserError(f"sampling.draft {how.draft}: its tokenizer is another one; a draft must write in the same ids")
     return small.model, load_params(w, how.draft, small.model.specs(), "sampling.draft")
+
+
+def judge_of(w: World, path: str, what: str) -> tuple:
+    """(model, weights, tokenizer, template) of the run or directory that judges: with a vocabulary and a template of its own."""
+    other = opened(w.find(path), "", "")[0]
+    return other.model, load_params(w, path, other.model.specs(), what), other.tokenizer, other.template
 
 
 def prompt_rows(w: World, rows, batch: int) -> sources.Offline:

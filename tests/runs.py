@@ -66,6 +66,9 @@ def write_data(directory: Path) -> None:
         "rankings": [{"prompt": say(1) + ":", "completions": [f" {say(2)} {k}" for k in range(3)], "ranks": [0, 1, 1]} for _ in range(24)],
         "pairs": [{"prompt": say(1) + ":", "chosen": f" {say(1)} yes", "rejected": f" {say(1)} no"} for _ in range(40)],
         "prompts": [{"prompt": say(1) + ":"} for _ in range(24)],
+        "labelled": [{"prompt": say(1) + ":", "completion": f" {say(1)} {'no yes'.split()[i % 2]}", "label": i % 2 == 1} for i in range(40)],
+        "steps": [{"prompt": say(1) + ":", "steps": [say(1), say(2)], "labels": [True, k % 2 == 0]} for k in range(40)],
+        "trajectories": [{"prompt": say(1) + ":", "completion": f" {say(2)}", "reward": i % 3 - 1.0} for i in range(40)],
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
@@ -93,6 +96,14 @@ def config(kind: str, data: Path, **over):
             rl=dict(reward="runs:length_reward", group=4, epochs=2, minibatches=2),
             sampling=dict(max_new=8),
         ),
+        "distill": dict(teacher=str(data / "teacher"), data=dict(path=f"{data}/sft.jsonl", eval_path=f"{data}/sft.jsonl", batch_size=8, seq_len=32)),
+        "on_policy_distill": dict(
+            teacher=str(data / "teacher"),
+            init=str(data / "start"),
+            data=dict(path=f"{data}/prompts.jsonl", batch_size=16),
+            rl=dict(epochs=2, minibatches=2),
+            sampling=dict(max_new=8),
+        ),
     }[kind]
     mix = sections.get("rl", {}).pop("mix", {})
     c.stage = build.stage(kind, **sections, train=dict(steps=STEPS, save_every=3), optim=dict(lr=3e-3, warmup=2))
@@ -108,7 +119,7 @@ def config(kind: str, data: Path, **over):
 
 
 def start(data: Path) -> None:
-    """data/start: weights that DPO and PPO begin with, and refer to."""
+    """data/start: weights that DPO and PPO begin with, and refer to. data/other: others of the same shape, to learn from."""
     import jax
 
     from jaxalign import build
@@ -116,7 +127,8 @@ def start(data: Path) -> None:
     from jaxalign.train import checkpoint
 
     w = build.world(config("lm", data), data)
-    checkpoint.save_tree(data / "start" / "params", nn.init(w.model.specs(), jax.random.key(1)), {})
+    for name, seed in (("start", 1), ("other", 2)):
+        checkpoint.save_tree(data / name / "params", nn.init(w.model.specs(), jax.random.key(seed)), {})
 
 
 def train(c, workdir: Path):

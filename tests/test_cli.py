@@ -62,13 +62,14 @@ def arguments(config: Path) -> list[str]:
 
 
 def test_every_config_says_how_to_run_it():
-    verbs = {"quickstart": ["pipeline"], "real": ["pipeline"], "grpo": ["train", "pipeline"], "large": ["plan"] * 4}
-    assert len(CONFIGS) == 9
+    verbs = {"quickstart": ["pipeline"], "real": ["pipeline"], "grpo": ["train", "pipeline"], "large": ["plan"] * 4, "online_dpo": ["train", "pipeline"], "iterated": ["pipeline"], "rft": ["pipeline"]}
+    assert len(CONFIGS) == 12
     for config in CONFIGS:
         commands = documented(config)
         assert [c[1] for c in commands] == verbs.get(config.stem, ["train"])
         assert all(any(w.split(":")[0] == f"--config=configs/{config.name}" for w in c) for c in commands)
-    assert [len(arguments(c)) for c in CONFIGS] == [3, 1, 0, 0, 0, 1, 0, 1, 0]  # dpo, grpo, large, ppo, pretrain, quickstart, real, reward, sft
+    counts = {"dpo": 3, "grpo": 1, "quickstart": 1, "reward": 1, "online_dpo": 6, "iterated": 2, "rft": 2}
+    assert {c.stem: n for c in CONFIGS if (n := len(arguments(c)))} == counts
 
 
 @pytest.mark.parametrize("config", [f"{c.name}{a}" for c in CONFIGS for a in ("", *(f":{a}" for a in arguments(c)))])

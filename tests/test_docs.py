@@ -14,8 +14,9 @@ from absl import flags
 from jaxalign import build, config, types
 from jaxalign.cli import main as cli
 from jaxalign.data import formats
-from jaxalign.objectives import grpo, lm, ppo, preference, reward
+from jaxalign.objectives import dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
 from jaxalign.rl.experience import group_experience, make_experience
+from jaxalign.rl.reinforce import remax_experience
 from jaxalign.train import optim, state, step
 from jaxalign.types import GroupExperience
 
@@ -181,9 +182,15 @@ def metric_names() -> set[str]:
     extra = {
         "ppo": (ppo.ppo(tiny.LLAMA, entropy_coef=0.1, ptx_coef=0.1), lambda: tiny.init(tiny.LLAMA, value=True), tiny.mixed),
         "grpo": (grpo.grpo(tiny.LLAMA), lambda: {"policy": tiny.init(tiny.LLAMA)}, lambda *a: GroupExperience(*tiny.rows(*a), *[np.zeros(a[1:], np.float32)] * 4)),
+        "cispo": (grpo.cispo(tiny.LLAMA), lambda: {"policy": tiny.init(tiny.LLAMA)}, tiny.grouped),
         "experts": (lm.lm(tiny.EXPERTS), lambda: tiny.init(tiny.EXPERTS), tiny.rows),
         "lm": (lm.lm(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rows),
         "dpo": (preference.dpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
+        "orpo": (odds.orpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
+        "mpo": (dpo_variants.mpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
+        "wpo": (dpo_variants.wpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
+        "rrhf": (ranked.rrhf(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rankings),
+        "kto": (kto.kto(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.labelled),
         "pairs": (reward.pairs(tiny.SCALAR, centre=0.1), lambda: tiny.init(tiny.SCALAR), tiny.pairs),
     }
     for name, (objective, params, batch) in extra.items():
@@ -191,10 +198,11 @@ def metric_names() -> set[str]:
         now = jax.eval_shape(lambda p: state.create(p, tx, objective, seed=0), params())
         metrics = jax.eval_shape(fn, now, {}, batch(r, 8, 12))[1]
         out |= set(metrics)
-        if name not in ("ppo", "grpo"):
+        if name not in ("ppo", "grpo", "cispo"):
             def held_out_loss(p, b):
-                stats = {k: step.mean(*v) for k, v in objective.stats(p, {}, (), b).items()} if objective.stats else {}
-                return objective.loss(p, {}, (), b, jax.random.key(0), stats)
+                aux = objective.init_aux(p) if objective.init_aux else ()
+                stats = {k: step.mean(*v) for k, v in objective.stats(p, {}, aux, b).items()} if objective.stats else {}
+                return objective.loss(p, {}, aux, b, jax.random.key(0), stats)
 
             held_out = jax.eval_shape(held_out_loss, params(), batch(r, 8, 12))
             out |= {f"eval/{k}" for k in [*held_out.metrics, *(f"loss/{t}" for t in held_out.terms)]}
@@ -203,7 +211,15 @@ def metric_names() -> set[str]:
     rollout = types.Rollout(*x, np.zeros((8, 12), np.float32), np.arange(8, dtype=np.int32), np.int32(0), np.zeros(8, np.float32))
     out |= set(jax.eval_shape(lambda p: make_experience(tiny.LLAMA, None, p, p["policy"], rollout, np.zeros(8, np.float32), 0.1, importance_cap=2.0), params)[1])
     out |= set(jax.eval_shape(lambda p: group_experience(tiny.LLAMA, p, p["policy"], rollout, np.zeros(8, np.float32), group=4, max_new=4), params)[1])
-    out.add("staleness")  # the source's own
+    out |= set(jax.eval_shape(lambda p: group_experience(tiny.LLAMA, p, p["policy"], rollout, np.zeros(8, np.float32), group=4, max_new=4, beta=0.1), params)[1])
+    out |= set(jax.eval_shape(lambda p: remax_experience(tiny.LLAMA, p, None, rollout, np.zeros(8, np.float32), group=3), params)[1])
+    out |= {"staleness", "objective/score_scale", *(f"dynamic_sampling/{k}" for k in ("rounds", "discarded_groups", "left_over_groups", "missing_groups"))}  # the source's own
+    for name, group in (("online_dpo", 2), ("xpo", 1), ("nash_md", 1), ("raft", 4)):
+        m = config.OBJECTIVES[name]
+        batch, found = jax.eval_shape(lambda p, m=m, group=group: m.experience(tiny.LLAMA, {"policy": p}, p, rollout, np.zeros(8, np.float32), group=group), tiny.init(tiny.LLAMA))
+        objective = m.maker(tiny.LLAMA)
+        now = jax.eval_shape(lambda p, o=objective: state.create({"policy": p}, tx, o, seed=0), tiny.init(tiny.LLAMA))
+        out |= set(found) | set(jax.eval_shape(step.make_step(objective, tx, schedule=schedule), now, {}, batch)[1])
     return out
 
 

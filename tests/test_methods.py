@@ -15,8 +15,8 @@ from jaxalign.train.log import RunLog
 ONE = {"data": 1}
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 MAKE = shard.make_mesh
-OWN = {"masked_lm": {"mask_id": 3}}  # what a method cannot guess
-FILES = {"tokens": "text", "pairs": "pairs", "rankings": "rankings", "prompts": "prompts"}
+OWN = {"masked_lm": {"mask_id": 3}, "span_corruption": {"sentinel_id": 200, "eos_id": 257}}  # what a method cannot guess
+FILES = {"tokens": "text", "pairs": "pairs", "rankings": "rankings", "labelled": "labelled", "steps": "steps", "trajectories": "trajectories", "prompts": "prompts"}
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,17 @@ def data(tmp_path_factory):
 def config_of(name: str, data: Path):
     """The smallest stage of a method, with nothing of its own said but where things lie."""
     m = config.OBJECTIVES[name]
-    c = build.base(name, vocab=0, dim=16, layers=1, heads=2, hidden=32, max_len=64)
-    sections = {"objective": OWN.get(name, {}), "init": str(data / "start"), "data": {"path": f"{data}/{FILES[m.kind]}.jsonl", "batch_size": 8}}
+    two_sided = name == "span_corruption"
+    shape = dict(family="t5", head_dim=8, start=258) if two_sided else dict(max_len=64)
+    c = build.base(name, vocab=0, dim=16, layers=1, heads=2, hidden=32, **shape)
+    c.tokenizer.template = "encoder_decoder" if two_sided else "plain"
+    sections = {"objective": OWN.get(name, {}), "init": "" if two_sided else str(data / "start"), "data": {"path": f"{data}/{FILES[m.kind]}.jsonl", "batch_size": 8}}
     if m.kind == "tokens":
         sections["data"]["seq_len"] = 32
     if m.kind == "prompts":
         sections |= {"rl": {"reward": "runs:length_reward"}, "sampling": {"max_new": 6}}
+    if config.has_teacher(m.maker):
+        sections["teacher"] = str(data / "other")
     c.stage = build.stage(name, **sections, train={"steps": 3, "save_every": 1, "keep": 3}, optim={"lr": 3e-3})
     return c
 

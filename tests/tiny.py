@@ -10,10 +10,10 @@ import numpy as np
 from jaxalign import tree
 from jaxalign.data import packing
 from jaxalign.models import decoder, gpt2, heads
-from jaxalign.objectives import grpo, lm, ppo, preference, reward
+from jaxalign.objectives import dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
 from jaxalign.ops import nn
 from jaxalign.train import step
-from jaxalign.types import Experience, GroupExperience, Pairs, Rankings, SharedPairs, Tokens
+from jaxalign.types import Experience, GroupExperience, Labelled, Pairs, Rankings, SharedPairs, Tokens
 
 V = 16
 LLAMA = decoder.model(vocab=V, dim=16, layers=1, heads=4, kv_heads=2, hidden=24)
@@ -77,6 +77,15 @@ def rankings(r, B, T, K=4):
     return Rankings(rows(r, B, T, K), r.integers(0, K - 1, (B, K)).astype(np.int32), valid)
 
 
+def labelled(r, B, T):
+    """Good and bad answers; the eighth is empty, and so is the mismatched one of the third."""
+    own, other = rows(r, B, T), rows(r, B, T)
+    own.mask[7:8] = 0
+    other.mask[2:3] = 0
+    near = lambda: (-8 + r.standard_normal(B)).astype(np.float32)
+    return Labelled(own, (np.arange(B) % 3 > 0).astype(np.float32), near(), other, near())
+
+
 def experience(r, B, T):
     """Not a real one, but of the right size: log-probs near those of a uniform policy."""
     x = rows(r, B, T)
@@ -110,6 +119,11 @@ CASES = {
     "cdpo": (preference.cdpo(LLAMA, beta=0.3, smoothing=0.2), lambda: init(LLAMA), pairs),
     "ipo": (preference.ipo(LLAMA, beta=0.5), lambda: init(LLAMA), pairs),
     "hinge": (preference.hinge(LLAMA, beta=0.1), lambda: init(LLAMA), pairs),
+    "wpo": (dpo_variants.wpo(LLAMA, beta=0.1), lambda: init(LLAMA), shared_pairs),
+    "orpo": (odds.orpo(LLAMA, beta=0.3), lambda: init(LLAMA), pairs),
+    "kto": (kto.kto(LLAMA, beta=0.1, undesirable=1.5), lambda: init(LLAMA), labelled),
+    "pl_dpo": (ranked.pl_dpo(LLAMA), lambda: init(LLAMA), rankings),
+    "rrhf": (ranked.rrhf(LLAMA), lambda: init(LLAMA), rankings),
     # Three weights that differ: completion tokens (policy, value, entropy), and the targets of the pretraining rows.
     "grpo": (grpo.grpo(LLAMA, beta=0.3), lambda: {"policy": init(LLAMA)}, grouped),
     "ppo": (ppo.ppo(LLAMA, entropy_coef=0.02, value_coef=0.3, ptx_coef=0.7), lambda: init(LLAMA, value=True), mixed),

@@ -5,6 +5,7 @@ Adapters: --run=STAGE --adapter --to=DIR takes a stage's out, --adapter=PEFT_DIR
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -60,6 +61,9 @@ def main(fv, rest):
         return _adapter(fv.run, to)
     if fv.run or fv.merge:
         w, name, params = build.trained(fv.run or fv.hf, dtype=None)
+        if hasattr(w.model, "twins"):
+            print("the policy alone is written: Hugging Face has no form for its Q and value heads", file=sys.stderr)
+            w, params = dataclasses.replace(w, model=w.model.trunk), params["trunk"]
         params = _merged(w, params, fv.adapter) if fv.adapter else params
         model, source = w.model, Path(fv.run) / "params" if fv.run else Path(fv.hf)
         if fv.resize_vocab is not None:

@@ -59,6 +59,7 @@ def trained(config, workdir: Path, profile: str = "") -> tuple:
     import jax
 
     from jaxalign import build
+    from jaxalign.cli import lineage, rounds
 
     build.check(config)
     clock = Clock(workdir)
@@ -74,14 +75,21 @@ def trained(config, workdir: Path, profile: str = "") -> tuple:
         if world is not None and Path(c.data.path).name in LABELLED and not (workdir / c.data.path).exists():
             with clock("label"):
                 _label(w, world, config)
+        if rounds.missing(w, config, c):
+            with clock("label"):
+                rounds.write(w, world, config, c)
+        rounds.note(w, config, c)
         if (workdir / name / "params" / "manifest.json").exists():
             if jax.process_index() == 0:
                 print(f"{name}: already done")
+            lineage.check(w, name, c)
             continue
         with clock(name):
             s = build.make_stage(w, name, c, workdir / name)
-            s.save(s.finish(s.go(profile)))
-            del s
+            params = s.finish(s.go(profile))
+            s.save(params)
+            lineage.stage(w, name, c, params)
+            del s, params
     return w, world, clock
 
 
@@ -158,13 +166,7 @@ def _label(w, world, config) -> None:
         groups = [[t for t in (next(texts) for _ in range(k)) if t.strip() and not rows.unclean(t)] for k in ks]
         kept = [(p, g) for p, g in zip(prompts, groups) if len(set(g)) > 1]
         rankings = world.rankings([p for p, _ in kept], [g for _, g in kept], config.seed + (split == "eval"))
-        rng, pairs = np.random.default_rng([config.seed, split == "eval"]), []
-        for r in rankings:
-            order = rng.permutation(len(r["ranks"]))
-            for i, j in zip(order[::2], order[1::2]):  # each sample is in one pair
-                a, b = (i, j) if r["ranks"][i] < r["ranks"][j] else (j, i)
-                if r["ranks"][a] != r["ranks"][b]:
-                    pairs.append({"prompt": r["prompt"], "chosen": r["completions"][a], "rejected": r["completions"][b]})
+        pairs = disjoint_pairs(rankings, np.random.default_rng([config.seed, split == "eval"]))
         suffix = "_eval" if split == "eval" else ""
         if jax.process_index() == 0:
             for name, records in ((f"rankings{suffix}", rankings), (f"pairs{suffix}", pairs)):
@@ -172,3 +174,14 @@ def _label(w, world, config) -> None:
                 os.replace(temp, w.workdir / "data" / f"{name}.jsonl")
     build.barrier("label")
 
+
+def disjoint_pairs(rankings: list[dict], rng) -> list[dict]:
+    """Preference pairs of the answers of each ranking, each answer in one pair at most; ties are left out."""
+    pairs = []
+    for r in rankings:
+        order = rng.permutation(len(r["ranks"]))
+        for i, j in zip(order[::2], order[1::2]):
+            a, b = (i, j) if r["ranks"][i] < r["ranks"][j] else (j, i)
+            if r["ranks"][a] != r["ranks"][b]:
+                pairs.append({"prompt": r["prompt"], "chosen": r["completions"][a], "rejected": r["completions"][b]})
+    return pairs

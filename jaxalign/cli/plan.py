@@ -1,4 +1,5 @@
-"""A config compiled for devices that need not be there: memory, FLOPs, collectives, seconds at best, and what would fit."""
+"""A config compiled for devices that need not be there: memory, FLOPs, collectives, seconds at best, and what would fit. Or,
+before there is a config, what to train with so many FLOPs."""
 
 from __future__ import annotations
 
@@ -18,11 +19,18 @@ def define(fv):
     flags.DEFINE_string("topology", "local", "a TPU slice as v5e:4x4, v5p:4x4x4 or v6e:16x16; cpu:8; or local, the devices at hand", flag_values=fv)
     flags.DEFINE_bool("search", False, "propose mesh, model.remat and data.accumulate: many by formulas, the best few compiled", flag_values=fv)
     flags.DEFINE_integer("top", 3, "how many of them are compiled", lower_bound=1, flag_values=fv)
+    flags.DEFINE_float("flops", None, "no config: how large a model to pretrain with so many FLOPs, on how many tokens, how (1e18)", lower_bound=1e9, flag_values=fv)
+    flags.DEFINE_integer("vocab", 32000, "of --flops: ids of the tokenizer", lower_bound=2, flag_values=fv)
+    flags.DEFINE_integer("seq_len", 2048, "of --flops: tokens of a row", lower_bound=2, flag_values=fv)
     flags.DEFINE_string("text", None, "write the text of the compiled programs into this directory", flag_values=fv)
     flags.DEFINE_string("json", None, "write the numbers to this file, too", flag_values=fv)
 
 
 def main(fv, rest):
+    if fv.flops is not None:
+        from jaxalign.evals import scaling
+
+        return print("\n".join(scaling.lines(fv.flops, fv.vocab, fv.seq_len)))
     needed(fv, "config")
     from jaxalign import build, chips
     from jaxalign.plan import programs, roofline, search

@@ -25,6 +25,8 @@ def define(fv: flags.FlagValues, max_new: int) -> None:
     flags.DEFINE_float("temperature", None, f"0 is greedy; {own} 1", lower_bound=0.0, flag_values=fv)
     flags.DEFINE_integer("top_k", None, f"0: all; {own} 0", lower_bound=0, flag_values=fv)
     flags.DEFINE_float("top_p", None, f"1: all; {own} 1", lower_bound=0.0, upper_bound=1.0, flag_values=fv)
+    flags.DEFINE_float("beta", 1.0, "of a stage with Q heads (ILQL): how much advantages weigh; 0: the policy alone", lower_bound=0.0, flag_values=fv)
+    flags.DEFINE_float("adv_clip", None, "of such a stage: the largest advantage; default: any", flag_values=fv)
     flags.DEFINE_multi_string("stop", [], "end an answer before this text; may be given several times", flag_values=fv)
     flags.DEFINE_integer("seed", 0, "of the random draws", flag_values=fv)
 
@@ -51,7 +53,7 @@ def opened(fv: flags.FlagValues, verb: str) -> Speaker:
         raise UserError(f"--run is missing: jaxalign {verb} --run=runs/quickstart/ppo" + (" --prompt='Review the noodle soup.'" if verb == "sample" else ""))
     if "" in fv.stop:
         raise UserError("--stop is empty: it would end every answer before it begins")
-    w, _, params = build.trained(fv.run, template=fv.template or "", tokenizer=fv.tokenizer or "", adapter=fv.adapter or "", writes=True)
+    w, _, params = build.trained(fv.run, template=fv.template or "", tokenizer=fv.tokenizer or "", adapter=fv.adapter or "", writes=True, beta=fv.beta, clip=fv.adv_clip)
     g = build.generation(w)
     given = {k: fv[k].value for k in SETTINGS if fv[k].value is not None}
     how = build.sampling(w, {}, max_new=fv.max_new, **{**SETTINGS, **g.settings, **given})

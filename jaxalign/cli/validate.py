@@ -53,7 +53,7 @@ def _validate(config, stages, only, workdir) -> None:
         for label, path in ((name, c.data.path), (f"{name} (held out)", c.data.get("eval_path"))):
             if path is None or label != name and not path:
                 continue
-            if "world" in config and not Path(w.find(path)).exists():
+            if {"world", "rounds"} & set(config) and not Path(w.find(path)).exists():
                 print(f"{label}: {path} is not written yet: an earlier part of the pipeline makes it")
                 continue
             source = build.data_source(w, c.data, path, c.data.batch_size, config.seed)

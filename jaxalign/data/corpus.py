@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from jaxalign.data.examples import Chat, Completion, Example, Preference, Prompt, Ranking, Unusable
+from jaxalign.data.examples import Chat, Completion, Example, Label, Preference, Prompt, Ranking, Steps, Text, Trajectory, Unusable
 from jaxalign.data.formats import canonical
 from jaxalign.data.packing import Ragged
 from jaxalign.data.rows import Rows, given
@@ -141,14 +141,23 @@ def _as(kinds: tuple[type, ...], example: Example, record: Any, where: str) -> E
     """The example, as one of the kinds a source takes."""
     if isinstance(example, kinds):
         return example
+    if isinstance(example, Trajectory):  # what it earned is nothing to this source
+        return _as(kinds, example.said, record, where)
     if Prompt in kinds:
         record = record if isinstance(record, dict) else {}
-        if isinstance(example, (Completion, Preference, Ranking)):
+        if isinstance(example, (Completion, Preference, Ranking, Label, Steps)):
             return Prompt(example.prompt, record)
         if isinstance(example, Chat):
             return Prompt(example.messages[:-1], record)
     if Ranking in kinds and isinstance(example, Preference):
         return Ranking(example.prompt, (example.chosen, example.rejected), (0, 1))
+    if Label in kinds and isinstance(example, (Completion, Chat)) and isinstance(record, dict):
+        return canonical(record, where, "label")  # says what is missing
+    if Text in kinds and isinstance(example, Label):
+        raise UserError(
+            f"{where}: 'label' makes this a good or bad answer, as KTO reads them, and plain training would learn from the bad "
+            'ones too; filter them and say format="completion" or "chat"'
+        )
     wanted = " or ".join(k.__name__.lower() for k in kinds)
     kind = type(example).__name__.lower()
     raise UserError(f"{where}: is a {kind}, but this source takes {wanted} rows; use another source or file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import NamedTuple, Sequence, Union
 
 from jaxalign.data.rows import unclean
@@ -48,6 +49,26 @@ class Preference:
     chosen: Said
     rejected: Said
     margin: float = 0.0
+    rating: str = ""  # how much better, in the labellers' words
+    probability: float = 1.0  # that the chosen one is the better one
+
+
+_UNSURE = dict.fromkeys(("negligibly better", "unsure", "negligibly better / unsure"), 0.0)
+# What a rating is worth as a margin (Llama 2, 2307.09288, table 27): `data.margins` names the column.
+MARGINS = {
+    "small": {"significantly better": 1.0, "better": 2 / 3, "slightly better": 1 / 3, **_UNSURE},
+    "large": {"significantly better": 3.0, "better": 2.0, "slightly better": 1.0, **_UNSURE},
+}
+
+
+def margin_of(example: Preference, margins: str) -> float:
+    """What the row says, or with `margins`, a key of MARGINS, what its rating is worth there."""
+    if not margins:
+        return example.margin
+    worth = MARGINS[margins].get(example.rating.strip().lower())
+    if worth is None:
+        raise UserError(f"data.margins {margins!r} reads the 'rating' of each row, and this one has {example.rating!r}; it must be one of {', '.join(MARGINS[margins])}")
+    return worth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +79,42 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True)
+class Label:
+    prompt: Said
+    completion: Said
+    label: float  # a score, or of good and bad answers 1 and 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    prompt: Said
+    steps: tuple[str, ...]  # joined as they are, they make the answer
+    labels: tuple[float | None, ...]  # 1 = right, 0 = wrong, or between; None: nobody said
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     prompt: Said
     record: dict
 
 
-Example = Union[Text, Completion, Chat, Preference, Ranking, Prompt]
-EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Prompt)
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """An episode: what was said, and what each of the assistant's trained turns earned."""
+
+    said: Union[Completion, Chat]
+    rewards: tuple[float, ...]  # one per trained turn
+    terminal: bool = True  # False: it was cut off, and would have gone on
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The assistant's, trained or not."""
+        said = self.said.messages if isinstance(self.said, Chat) else self.said.completion
+        return (Message("assistant", said),) if isinstance(said, str) else tuple(m for m in said if m.role == "assistant")
+
+
+Example = Union[Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt, Trajectory]
+EXAMPLES = (Text, Completion, Chat, Preference, Ranking, Label, Steps, Prompt, Trajectory)
 
 
 class Unusable(UserError):
@@ -84,6 +134,13 @@ def string(value: object, where: str, key: str) -> str:
     if bad := unclean(value):
         raise UserError(f"{where}: {key!r} holds a {bad}; remove it")
     return value
+
+
+def number(value: object, where: str, key: str) -> float:
+    """The value, if it is a finite number, or true or false."""
+    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        raise UserError(f"{where}: {key!r} must be true, false or a finite number, not {value!r}")
+    return float(value)
 
 
 def turns(said: Sequence[Message], where: str, key: str, last: str, first: str = "user") -> None:
@@ -128,10 +185,28 @@ def check(example: Example, where: str) -> Example:
         case Completion(prompt, completion):
             _said(prompt, where, "prompt")
             _said(completion, where, "completion", answer=True)
+        case Label(prompt, completion, label):
+            _said(prompt, where, "prompt")
+            _said(completion, where, "completion", answer=True)
+            number(label, where, "label")
+        case Steps(prompt, steps, labels):
+            _said(prompt, where, "prompt")
+            if not steps or len(steps) != len(labels):
+                raise UserError(f"{where}: {len(steps)} steps but {len(labels)} labels")
+            for s in steps:
+                string(s, where, "steps")
+            if not all(x is None or 0 <= number(x, where, "labels") <= 1 for x in labels):
+                raise UserError(f"{where}: labels of steps lie between 0 (wrong) and 1 (right), or are null where nobody said; these are {list(labels)}")
+            if all(x is None for x in labels):
+                raise Unusable("unlabelled", f"{where}: no step has a label")
         case Preference(prompt, chosen, rejected):
             _said(prompt, where, "prompt")
             _said(chosen, where, "chosen", answer=True)
             _said(rejected, where, "rejected", answer=True)
+        case Trajectory(said, rewards):
+            check(said, where)
+            if len(rewards) != sum(m.trained for m in example.turns):
+                raise UserError(f"{where}: {len(rewards)} rewards for {sum(m.trained for m in example.turns)} trained turns of the assistant; give one each")
         case Ranking(prompt, completions, ranks):
             _said(prompt, where, "prompt")
             for c in completions:

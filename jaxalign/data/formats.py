@@ -4,8 +4,15 @@
     completion  {"prompt", "completion"}
     chat        {"messages"}                                     (or ShareGPT's "conversations" of from / value)
     preference  {"chosen", "rejected"} and "prompt", or with the prompt as the common beginning of both: of two lists of
-                messages, of two HH-RLHF dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or of any two strings
-    ranking     {"prompt", "completions", "ranks"}               (or "responses", "ranking"); rank 0 is better than 1
+                messages, of two HH-RLHF dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ..."), or of any two strings. It may bring a
+                "margin", a "rating" (see examples.MARGINS), and the "probability" that the chosen one is better
+    ranking     {"prompt", "completions", "ranks"}               (or "responses", "ranking"); rank 0 is better than 1. "best",
+                one index, in place of the ranks: all others are equal
+    label       {"prompt", "completion", "label"}, or {"messages", "label"}, whose last turn is meant: true, false or a number.
+                A number may be called "score"; as it often is a column that nobody trains on, it makes a label only where those are asked for
+    trajectory  a completion or a chat with what it earned: {"reward"} at the end, {"rewards"} or a message's "reward" turn by turn
+    steps       {"prompt", "steps", "labels"}                    (or "completions" for "steps"); a label is true, false, a number from 0 to
+                1, or null. Or "ratings" as PRM800K has them: -1, 0, 1, of which only -1 is wrong. Steps end with a line break
     prompt      {"prompt"}
 
 A prompt is a string or a list of messages; a completion is a string or the messages that follow. Another format is a
@@ -22,15 +29,15 @@ import re
 from typing import Callable
 
 from jaxalign.data.examples import (
-    EXAMPLES, Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text, Unusable,
-    check, string, turns,
+    EXAMPLES, Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Steps, Text, Trajectory, Unusable,
+    check, number, string, turns,
 )  # fmt: skip
 from jaxalign.data.rows import Rows, given, read, unclean
 from jaxalign.types import UserError
 
 __all__ = [
-    "Chat", "Completion", "Example", "Message", "Preference", "Prompt", "Ranking", "Rows", "Said", "Text",
-    "Unusable", "canonical", "detect", "given", "read",
+    "Chat", "Completion", "Example", "Label", "Message", "Preference", "Prompt", "Ranking", "Rows", "Said", "Steps", "Text",
+    "Trajectory", "Unusable", "canonical", "detect", "given", "read",
 ]  # fmt: skip
 
 
@@ -40,6 +47,9 @@ SCHEMAS = {
     "chat": ("messages",),
     "preference": ("chosen", "rejected"),
     "ranking": ("prompt", "completions", "ranks"),
+    "label": ("prompt", "completion", "label"),
+    "trajectory": ("messages", "rewards"),
+    "steps": ("prompt", "steps", "labels"),
     "prompt": ("prompt",),
 }
 _ALIASES = {
@@ -48,6 +58,9 @@ _ALIASES = {
     "rejected": ("rejected", "rejected_messages"),
     "completions": ("completions", "responses"),
     "ranks": ("ranks", "ranking"),
+    "label": ("label", "score"),
+    "steps": ("steps", "completions"),
+    "labels": ("labels", "ratings"),
 }
 _OTHER_PROMPTS = ("instruction", "question", "query", "input", "problem", "context")
 _ROLES = {"human": "user", "gpt": "assistant", "prompter": "user", "observation": "tool", "function": "tool", "function_call": "assistant"}
@@ -59,6 +72,8 @@ def detect(record: dict, where: str = "record") -> str:
     marks = {"text": "text", "completion": "completion", "messages": "chat", "chosen": "preference"}
     marks |= {"rejected": "preference", "completions": "ranking", "ranks": "ranking"}
     found = list(dict.fromkeys(f for key, f in marks.items() if _has(record, key)))
+    if "steps" in record or found == ["ranking"] and "labels" in record and not _has(record, "ranks"):
+        found = ["steps"] if found in ([], ["ranking"]) else [*found, "steps"]
     if found == ["chat", "preference"] and "conversations" in record and "prompt" not in record:
         found = ["preference"]  # ShareGPT preferences: the conversation is the prompt
     if found == ["text"] and "prompt" in record:
@@ -69,10 +84,9 @@ def detect(record: dict, where: str = "record") -> str:
             f"remove the others or say which (format={found[0]!r})"
         )
     if found in (["chat"], ["completion"]) and isinstance(record.get("label"), bool):
-        raise UserError(
-            f"{where}: 'label' makes this good or bad answer of a KTO set, and plain training would learn from the bad "
-            f"ones too; filter them and say format={found[0]!r}"
-        )
+        return "label"
+    if found in (["chat"], ["completion"]) and _earns(record):
+        return "trajectory"
     if found or "prompt" in record:
         return found[0] if found else "prompt"
     keys = [k for k in record if isinstance(k, str)]
@@ -135,7 +149,8 @@ def _prompt_only(record, where):
 
 def _ranking(record, where):
     prompt = _prompt(_get(record, "prompt", where, "ranking"), where, record)
-    items, ranks = (_get(record, k, where, "ranking") for k in ("completions", "ranks"))
+    items = _get(record, "completions", where, "ranking")
+    ranks = _picked(record["best"], items, where) if "best" in record and not _has(record, "ranks") else _get(record, "ranks", where, "ranking")
     if not isinstance(items, list) or not isinstance(ranks, list) or len(items) != len(ranks):
         raise UserError(f"{where}: 'completions' and 'ranks' must be lists of the same length")
     if not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks):
@@ -149,10 +164,61 @@ def _ranking(record, where):
     return Ranking(prompt, tuple(answers), tuple(ranks))
 
 
+def _picked(best, items, where):
+    if not isinstance(items, list) or not isinstance(best, int) or isinstance(best, bool) or not 0 <= best < len(items):
+        raise UserError(f"{where}: 'best' must be the index of one of 'completions', from 0 on, not {best!r}")
+    return [int(i != best) for i in range(len(items))]
+
+
+def _steps(record, where):
+    said, labels = (_get(record, k, where, "steps") for k in ("steps", "labels"))
+    if not isinstance(said, list) or not isinstance(labels, list) or len(said) != len(labels) or not said:
+        raise UserError(f"{where}: 'steps' and their labels must be lists of the same length, with one step or more")
+    if "ratings" in record:
+        if not all(x in (None, -1, 0, 1) and not isinstance(x, bool) for x in labels):
+            raise UserError(f"{where}: 'ratings' of steps are -1 (wrong), 0 (neither) and 1 (right), or null, not {labels}; other numbers are 'labels'")
+        labels = [None if x is None else float(x >= 0) for x in labels]
+    said = [string(s, where, f"steps[{i}]") for i, s in enumerate(said)]
+    said = [s if s.endswith("\n") else s + "\n" for s in said[:-1]] + said[-1:]
+    return check(Steps(_prompt(_get(record, "prompt", where, "steps"), where, record), tuple(said), tuple(x if x is None else number(x, where, "labels") for x in labels)), where)
+
+
+def _label(record, where):
+    label = number(_get(record, "label", where, "label"), where, "label" if "label" in record else "score")
+    if _has(record, "messages"):
+        messages = _chat(record, where).messages
+        return Label(*_follow(messages[:-1], [messages[-1:]], where), label)
+    said = _completion(record, where)
+    return Label(said.prompt, said.completion, label)
+
+
+def _trajectory(record, where):
+    said = _completion(record, where) if _has(record, "completion") else _chat(record, where)
+    terminal = record.get("terminal", True)
+    if not isinstance(terminal, bool):
+        raise UserError(f"{where}: 'terminal' must be true or false, not {terminal!r}")
+    turns_ = Trajectory(said, ()).turns
+    apart = [m.get("reward") for m in _assistants(record)]
+    given = [k for k in ("reward", "rewards") if record.get(k) is not None] + ["a message's reward"] * any(r is not None for r in apart)
+    if len(given) != 1:
+        raise UserError(f"{where}: trajectory needs one of 'reward' (at its end), 'rewards' (one per turn of the assistant) and a 'reward' in the messages; found {' and '.join(given) or 'none'}")
+    rewards = [0.0] * (len(turns_) - 1) + [record["reward"]] if given == ["reward"] else record["rewards"] if given == ["rewards"] else [0.0 if r is None else r for r in apart]
+    if not isinstance(rewards, list) or not all(map(_number, rewards)):
+        raise UserError(f"{where}: rewards must be finite numbers, not {rewards!r}")
+    if len(rewards) != len(turns_):
+        raise UserError(f"{where}: {len(rewards)} rewards for {len(turns_)} turns of the assistant; give one each (or, if they are none, say format={type(said).__name__.lower()!r})")
+    if any(r and not m.trained for r, m in zip(rewards, turns_)):
+        raise UserError(f"{where}: a turn that is not trained earns a reward; give it to the turn before it")
+    return Trajectory(said, tuple(float(r) for r, m in zip(rewards, turns_) if m.trained), terminal)
+
+
 def _preference(record, where):
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
         raise UserError(f"{where}: 'margin' must be a finite number, not {margin!r}")
+    rating, probability = record.get("rating", ""), record.get("probability", 1.0)
+    if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+        raise UserError(f"{where}: 'probability' (that the chosen one is better) must be a number from 0 to 1, not {probability!r}")
     pair = [_get(record, k, where, "preference") for k in ("chosen", "rejected")]
     if pair[0] == pair[1]:
         raise Unusable("identical", f"{where}: chosen and rejected are the same; remove the row")
@@ -188,7 +254,7 @@ def _preference(record, where):
     prompt, chosen, rejected = _follow(prompt, pair, where)
     if chosen == rejected:
         raise Unusable("identical", f"{where}: chosen and rejected are the same; remove the row")
-    return Preference(prompt, chosen, rejected, float(margin))
+    return Preference(prompt, chosen, rejected, float(margin), rating if isinstance(rating, str) else "", float(probability))
 
 
 _READERS = {
@@ -197,6 +263,9 @@ _READERS = {
     "chat": _chat,
     "preference": _preference,
     "ranking": _ranking,
+    "label": _label,
+    "trajectory": _trajectory,
+    "steps": _steps,
     "prompt": _prompt_only,
 }
 
@@ -231,6 +300,22 @@ def _common(record, pair, where):
 
 def _has(record, key):
     return any(k in record for k in _ALIASES.get(key, (key,)))
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _assistants(record):
+    """The raw messages of the assistant in a record, or in its completion."""
+    said = record.get("completion", record.get("messages", record.get("conversations")))
+    return [m for m in said if isinstance(m, dict) and m.get("role", m.get("from")) in ("assistant", "gpt", "function_call")] if isinstance(said, list) else []
+
+
+def _earns(record):
+    """Whether a completion or a chat says what it earned, in numbers."""
+    rewards = record.get("rewards")
+    return _number(record.get("reward")) or isinstance(rewards, list) and bool(rewards) and all(map(_number, rewards)) or any(_number(m.get("reward")) for m in _assistants(record))
 
 
 def _get(record, key, where, schema):

@@ -122,6 +122,23 @@ def fill_shared(docs: Ragged, packing: Packing, rows: Sequence[int], pad_id: int
     return out
 
 
+def splice(docs: Ragged, left: np.ndarray, cut: np.ndarray, right: np.ndarray, skip: np.ndarray, seq_len: int | None = None) -> Packing:
+    """One text a row: the first `cut` tokens of document `left`, then document `right` from its token `skip` on, ended at seq_len
+    (None: the longest such row, rounded up to 8)."""
+    rest = docs.lengths[right] - skip
+    longest = seq_len or -(-int((cut + rest).max(initial=1)) // 8) * 8
+    length = np.stack([cut, np.minimum(rest, longest - cut)], 1)
+    start = np.stack([0 * cut, skip], 1)
+    return Packing(longest, np.stack([left, right], 1).reshape(-1), start.reshape(-1), length.reshape(-1), 2 * np.arange(len(left) + 1))
+
+
+def fill_spliced(docs: Ragged, packing: Packing, rows: Sequence[int], pad_id: int) -> Tokens:
+    """Rows that `splice` laid out: both pieces are one segment, and positions run through."""
+    out = fill_shared(docs, packing, rows, pad_id)
+    segments = (out.segments > 0).astype(np.int32)
+    return out._replace(segments=segments, positions=np.arange(packing.seq_len, dtype=np.int32) * segments)
+
+
 def _cells(docs: Ragged, packing: Packing, rows: Sequence[int]):
     """Of every token of the rows: its slot among all of them, its place in docs, the number of its piece in the row, and its
     place in the piece."""

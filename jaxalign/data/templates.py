@@ -14,14 +14,14 @@ import itertools
 import re
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
-from jaxalign.data.examples import Chat, Completion, Example, Message, Preference, Prompt, Ranking, Said, Text
+from jaxalign.data.examples import Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Steps, Text, Trajectory
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.types import UserError
 
 
 class Segment(NamedTuple):
     text: str
-    trained: bool = False
+    trained: int = 0  # 1: these tokens are targets. In an answer of judged steps, the number of the step
     # "text"; "answer" (never merged with its surroundings); "special"; "stop" (ends a turn); "start" (PAD, which opens the
     # decoder's part); "opened" (comes first, says nothing: the template writes BOS itself, or wants none)
     kind: str = "text"
@@ -145,15 +145,31 @@ def segments(example: Example, template: Template) -> list[list[Segment]]:
             return [[Segment(text, True), Segment("", True, "stop")]]
         case Prompt(prompt):
             return [template.prompt(prompt)]
-        case Completion(prompt, completion):
+        case Completion(prompt, completion) | Label(prompt, completion):
             return [template.completion(prompt, completion)]
         case Chat(messages):
             return [template.conversation(messages)]
+        case Trajectory(said):
+            return segments(said, template)
+        case Steps(prompt, steps):
+            return [_stepped(template.completion(prompt, "".join(steps)), steps, template.name)]
         case Preference(prompt, chosen, rejected):
             return [template.completion(prompt, a) for a in (chosen, rejected)]
         case Ranking(prompt, completions):
             return [template.completion(prompt, a) for a in completions]
     raise UserError(f"{type(example).__name__} is no example; return one of the classes in jaxalign.data.formats")
+
+
+def _stepped(sequence: Sequence[Segment], steps: Sequence[str], name: str) -> list[Segment]:
+    """The answer cut at its steps, each tokenised alone and `trained` by its number, from 1 on; what follows belongs to the last."""
+    at, body = max((i for i, s in enumerate(sequence) if s.trained and s.kind != "stop"), default=0), "".join(steps)
+    before, found, after = sequence[at].text.partition(body)
+    if not found:
+        raise UserError(f"template {name!r} does not write the steps of an answer as they are; give steps without blanks at their ends, or another template")
+    texts = [*steps[:-1], steps[-1] + after]
+    texts[0] = before + texts[0]
+    rest = [s._replace(trained=len(steps)) if s.trained else s for s in sequence[at + 1 :]]
+    return [*sequence[:at], *(Segment(t, k, "answer") for k, t in enumerate(texts, 1)), *rest]
 
 
 def encode_sequences(

@@ -13,37 +13,87 @@ from jaxalign.rl.engine import generate
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.rewards import model_scores
 from jaxalign.rl.rollout import Sampling, check_length
-from jaxalign.types import Model, Pairs, Rankings, ScalarModel, Tree
+from jaxalign.types import Labelled, Model, Pairs, Rankings, ScalarModel, Tree
 
 
 class Samples(NamedTuple):
     """One entry per prompt row of the source, in its order; the same on every process."""
 
     completions: list[str]
-    logp: np.ndarray  # f64[N]; of the whole completion, under the model that sampled, at temperature 1
+    logp: np.ndarray  # f64[N]; of the whole completion, under the model that sampled, at temperature 1 (decoded by Q heads: at its own)
     ref_logp: np.ndarray  # f64[N]; the same under the reference (equal to logp without one)
     length: np.ndarray  # i64[N]; tokens, stop included
     truncated: np.ndarray  # bool[N]
+    proxy: np.ndarray | None = None  # f64[N]; of a learned reward, where one was given
 
 
-def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, key, mesh, *, reference: Tree | None = None, score: bool = True, draft: tuple | None = None) -> Samples:
+def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, key, mesh, *, reference: Tree | None = None, score: bool = True, draft: tuple | None = None, judge: tuple[ScalarModel, Tree] | None = None) -> Samples:
     """One completion per row of `prompts` (give a record several times for several).
 
-    draft: a smaller model and its weights, where how.draft names one. score=False skips the log-probs (0 then): labelling does not need them.
+    draft: a smaller model and its weights, where how.draft names one. judge: a reward model and its weights. score=False skips the log-probs (0 then): labelling does not need them.
     """
     check_length(model, prompts.report()["max_length"] + how.max_new, "the longest prompt with max_new")
     parts = []
     with jax.set_mesh(mesh):
         for batch in eval_batches(prompts):
             rollout = generate(model, how, params, shard.place(batch._replace(records=()), mesh), key, draft=draft)
-            total = lambda p: token_logps(model, p, rollout).logp.sum(1)
-            logp = total(params) if score else rollout.truncated * 0
+            own = hasattr(model, "next_logits")  # it says itself what it draws from, and the sampler kept that
+            total = lambda p: token_logps(getattr(model, "trunk", model), p, rollout).logp.sum(1)
+            logp = rollout.truncated * 0 if not score else rollout.logp.sum(1) if own else total(params)
             ref = total(reference) if score and reference is not None else logp
+            proxy = logp * 0 if judge is None else model_scores(*judge, rollout)
             real = shard.to_host(rollout.row) >= 0  # the last batch is filled up with empty rows
-            parts.append([shard.to_host(x)[real] for x in (rollout.tokens, rollout.mask, rollout.truncated, logp, ref)])
+            parts.append([shard.to_host(x)[real] for x in (rollout.tokens, rollout.mask, rollout.truncated, logp, ref, proxy)])
     texts = [decode(t[m > 0]) for tokens, mask, *_ in parts for t, m in zip(tokens, mask)]
-    length, truncated, logp, ref = (np.concatenate(v) for v in zip(*((mask.sum(1), *rest) for _, mask, *rest in parts)))
-    return Samples(texts, logp.astype(float), ref.astype(float), length.astype(int), truncated > 0)
+    length, truncated, logp, ref, proxy = (np.concatenate(v) for v in zip(*((mask.sum(1), *rest) for _, mask, *rest in parts)))
+    return Samples(texts, logp.astype(float), ref.astype(float), length.astype(int), truncated > 0, None if judge is None else proxy.astype(float))
+
+
+def reference_scores(model: Model, params: Tree, how: Sampling, prompts: Offline, scalar: ScalarModel, judge: Tree, key, mesh) -> np.ndarray:
+    """f32[N]: a reward model's scores of one answer to each prompt, drawn from a policy; the same on every process."""
+    check_length(model, prompts.report()["max_length"] + how.max_new, "the longest prompt with max_new")
+    out = []
+    with jax.set_mesh(mesh):
+        for batch in eval_batches(prompts):
+            rollout = generate(model, how, params, shard.place(batch._replace(records=()), mesh), key)
+            out.append(shard.to_host(model_scores(scalar, judge, rollout))[shard.to_host(rollout.row) >= 0])
+    return np.concatenate(out)
+
+
+def row_scores(model: ScalarModel, params: Tree, source: Offline, mesh) -> tuple[np.ndarray, np.ndarray]:
+    """(rewards f32[N], labels f32[N], 0 where there are none) of the rows of a source of labels or, one text a row, of tokens; the
+    same on every process."""
+    out = []
+    with jax.set_mesh(mesh):
+        for batch in eval_batches(source):
+            rows, label = (batch.rows, batch.label) if isinstance(batch, Labelled) else (batch, batch.mask[:, 0])
+            placed, real, label = shard.place((rows, rows.segments.any(1), label), mesh)
+            scores, real, label = (shard.to_host(x) for x in (model_scores(model, params, placed), real, label))
+            out.append((scores[real], label[real]))
+    return tuple(np.concatenate(x) for x in zip(*out))
+
+
+def judged_steps(model: ScalarModel, params: Tree, source: Offline, mesh) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(log-odds f32[n], labels f32[n]) of the n judged steps of every answer of a source of `Steps`; the same on every process."""
+    go, out = jax.jit(lambda p, rows: model.scores(p, rows.tokens, rows.segments, rows.positions)), []
+    with jax.set_mesh(mesh):
+        for batch in eval_batches(source):
+            placed = shard.place(batch, mesh)
+            scores, mask, label = (shard.to_host(x) for x in (go(params, placed.rows), placed.rows.mask, placed.label))
+            out += [(s[m > 0], y[m > 0]) for s, m, y in zip(scores, mask, label) if m.any()]
+    return out
+
+
+def candidate_lengths(candidates: Offline) -> list[np.ndarray]:
+    """Tokens i64[K] of the answers that `candidate_scores` scores, as this process reads them."""
+    out = []
+    for batch in eval_batches(candidates):
+        if isinstance(batch, Pairs):
+            length = np.stack([batch.chosen.mask.sum(1), batch.rejected.mask.sum(1)], 1)
+            out += [x for x in length if x.all()]
+        else:
+            out += [x[v > 0] for x, v in zip(batch.candidates.mask.sum(2), batch.valid) if v.any()]
+    return [x.astype(int) for x in out]
 
 
 def candidate_scores(model: ScalarModel, params: Tree, rankings: Offline, mesh) -> list[tuple[np.ndarray, np.ndarray]]:

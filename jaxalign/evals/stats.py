@@ -17,7 +17,7 @@ import numpy as np
 
 def outcomes(a, b) -> np.ndarray:
     """f64[N]: 1 where a > b, 1/2 where they tie, 0 where a < b."""
-    a, b = _paired(a, b)
+    a, b = paired(a, b)
     return (a > b) + 0.5 * (a == b)
 
 
@@ -41,7 +41,7 @@ def bootstrap(values, groups=None, *, resamples: int = 2000, level: float = 0.95
     `groups` [N] names each value's prompt: the values of a prompt are drawn together, for they are not independent.
     None: every value is a prompt of its own. Each draw's mean is (sum of the values) / (number of them).
     """
-    values = _numbers(values)
+    values = numbers(values)
     if groups is not None:
         _, of = np.unique(np.asarray(groups), return_inverse=True)
         if of.shape != values.shape:
@@ -72,40 +72,68 @@ def wilson(rate: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
     return (0.0 if rate == 0 else lo), (1.0 if rate == 1 else hi)  # exact there, but for rounding
 
 
+def both_orders(first, second) -> np.ndarray:
+    """f64[N]: 1 (A wins), 1/2 or 0 of a judge who was shown A first, and then B first; both arguments speak of A.
+
+    Verdicts that differ are a tie: a judge who prefers what stands first has said nothing (Zheng et al. 2306.05685, section 3.4).
+    """
+    first, second = paired(first, second)
+    return np.where(first == second, first, 0.5)
+
+
+def position_bias(first, second) -> float:
+    """Share of the pairs of `both_orders` whose two verdicts differ."""
+    first, second = paired(first, second)
+    return float((first != second).mean())
+
+
+class Wins(NamedTuple):
+    win_rate: float  # a tie is half a win
+    win_interval: tuple[float, float]
+    wins: int
+    ties: int
+    losses: int
+    win_rate_without_ties: float  # NaN where all are ties
+    sign_p: float  # of `sign_test`
+
+
+def wins(a, b, groups=None, *, level: float = 0.95, seed: int = 0) -> Wins:
+    """All that is said of `a` against `b`, f[N] each (scores; or outcomes of `a`, against 1/2 everywhere)."""
+    won = outcomes(a, b)
+    w, l = int((won == 1).sum()), int((won == 0).sum())
+    without = w / (w + l) if w + l else math.nan
+    return Wins(win_rate(a, b), win_interval(a, b, groups, level=level, seed=seed), w, len(won) - w - l, l, without, sign_test(a, b))
+
+
+def sign_test(a, b) -> float:
+    """Two-sided p-value of "neither is better", from what is no tie: 2 P(X <= min(wins, losses)), X ~ Binomial(n, 1/2), at most 1."""
+    won = outcomes(a, b)
+    w, l = int((won == 1).sum()), int((won == 0).sum())
+    tail, term = 0, 1
+    for i in range(min(w, l) + 1):  # exact, in whole numbers: C(n, i)
+        tail += term
+        term = term * (w + l - i) // (i + 1)
+    return min(1.0, 2 * tail / 2 ** (w + l))
+
+
+def paired_difference(a, b, groups=None, *, level: float = 0.95, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """(mean of a - b, its interval) of f[N] each: every draw takes the same prompts for both systems."""
+    a, b = paired(a, b)
+    return float((a - b).mean()), bootstrap(a - b, groups, level=level, seed=seed)
+
+
 # -- pairs ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy(chosen, rejected) -> float:
     """How often the chosen one scores higher, f[N] each. A tie counts as wrong, as in TRL's `accuracy`."""
-    chosen, rejected = _paired(chosen, rejected)
+    chosen, rejected = paired(chosen, rejected)
     return float((chosen > rejected).mean())
-
-
-class Calibration(NamedTuple):
-    ece: float
-    brier: float
-    nll: float  # nats
-
-
-def calibration(chosen, rejected, *, bins: int = 10) -> Calibration:
-    """Does sigma(r_w - r_l) f[N] mean what it says? All three are 0 for a sure and right reward, and small is good.
-
-    ece = sum_m |B_m|/N |acc_m - conf_m| over equal-width bins (lo, hi] of the confidence sigma(|r_w - r_l|)
-    (Guo et al. 1706.04599 eq. 3); brier = mean (1 - sigma(r_w - r_l))^2; nll = -mean log sigma(r_w - r_l).
-    A tie has confidence 1/2 and is right half of the time: a constant reward is useless, yet calibrated.
-    """
-    chosen, rejected = _paired(chosen, rejected)
-    d = chosen - rejected
-    confidence = 1 / (1 + np.exp(-np.abs(d)))
-    right = (d > 0) + 0.5 * (d == 0)
-    of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    ece = np.abs(np.bincount(of, weights=right - confidence, minlength=bins)).sum() / len(d)
-    return Calibration(float(ece), float(np.exp(-2 * np.logaddexp(0, d)).mean()), float(np.logaddexp(0, -d).mean()))
 
 
 def pearson(x, y) -> float:
     """Correlation of f[N] and f[N]; NaN where one of them is constant. Reward against length: an alarm for hacking."""
-    x, y = _paired(x, y)
+    x, y = paired(x, y)
     # Exactly constant is asked for first: the mean of equal numbers may be an ulp off, and noise / noise is anything.
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
@@ -113,12 +141,22 @@ def pearson(x, y) -> float:
     return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1, 1))
 
 
+def spearman(x, y) -> float:
+    """`pearson` of the ranks of f[N] and f[N], equal numbers sharing the mean of theirs."""
+    return pearson(*map(_ranks, paired(x, y)))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, of, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[of]
+
+
 # -- what is possible at a KL ---------------------------------------------------------------------------------------
 
 
 def ess(log_weights) -> float:
     """Kish's effective sample size (sum w)^2 / sum w^2 of weights given as logs f[K], up to a constant."""
-    w = _numbers(log_weights)
+    w = numbers(log_weights)
     w = np.exp(w - w.max())
     return float(w.sum() ** 2 / (w**2).sum())
 
@@ -138,7 +176,7 @@ def tilted(rewards, beta: float) -> Tilted:
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive; got {beta}")
-    r = np.atleast_2d(_numbers(rewards, dimensions=(1, 2)))
+    r = np.atleast_2d(numbers(rewards, dimensions=(1, 2)))
     scaled = (r - r.max(1, keepdims=True)) / beta  # a shift of r per prompt changes neither w nor kl
     w = np.exp(scaled)
     mass = w.sum(1)
@@ -163,7 +201,7 @@ def best_of_n(proxy, gold, n: int) -> float:
     sum_{i=n..K} C(i-1, n-1) / C(K, n) gold_(i), samples in ascending order of the proxy (Nakano et al. 2112.09332 app. I).
     """
     shape = np.shape(proxy)
-    proxy, gold = (np.atleast_2d(_numbers(x, dimensions=(1, 2))) for x in (proxy, gold))
+    proxy, gold = (np.atleast_2d(numbers(x, dimensions=(1, 2))) for x in (proxy, gold))
     if proxy.shape != gold.shape or not 1 <= n <= proxy.shape[1]:
         raise ValueError(f"best of {n} needs proxy and gold of one shape with at least n samples per prompt; got {shape} and {gold.shape}")
     k = proxy.shape[1]
@@ -175,15 +213,15 @@ def best_of_n(proxy, gold, n: int) -> float:
     return float((np.take_along_axis(gold, order, 1) @ weights).mean())
 
 
-def _numbers(x, dimensions: tuple[int, ...] = (1,)) -> np.ndarray:
+def numbers(x, dimensions: tuple[int, ...] = (1,)) -> np.ndarray:
     x = np.asarray(x, np.float64)
     if x.ndim not in dimensions or x.size == 0 or np.isnan(x).any():
         raise ValueError(f"expected numbers in {' or '.join(map(str, dimensions))} dimension(s), not empty and without NaN; got shape {x.shape}, {int(np.isnan(x).sum())} NaN")
     return x
 
 
-def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _numbers(a), _numbers(b)
+def paired(a, b) -> tuple[np.ndarray, np.ndarray]:
+    a, b = numbers(a), numbers(b)
     if a.shape != b.shape:
         raise ValueError(f"{a.size} numbers against {b.size}: they must pair up")
     return a, b

@@ -33,6 +33,12 @@ def value_loss(values, old_values, returns, clip):
     return 0.5 * jnp.maximum(plain, cut), (cut > plain).astype(jnp.float32)
 
 
+def went_too_far(target_kl: float, state) -> bool:
+    """Whether the last update was of a policy more than 1.5 target_kl nats per token away from the one that sampled, in which case the
+    rest of the rollout is skipped (TRL's early_stopping; `rl.online.OnlineSource`'s `stop`). Of a TrainState of `ppo(target_kl=...)`."""
+    return float(state.aux["policykl"]) > 1.5 * target_kl
+
+
 def states_and_values(model: Model, value: ScalarModel | None, params, batch):
     """(hidden states f[B,T,D], values f32[B,T]), both before each token: by one forward, two if the critic is separate.
 
@@ -54,14 +60,23 @@ def ppo(
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
     ratio_threshold: float = 10.0,
+    target_kl: float | None = None,
+    whiten_minibatch: bool = False,
     ptx_coef: float = 0.0,
 ) -> Objective:
     """Clipped policy and value losses, token means over the step. value=None: the critic is a head on the policy.
 
     A batch is an `Experience`, or {"ppo": Experience, "ptx": Tokens} when pretraining gradients are mixed in
     (PPO-ptx, InstructGPT eq. 2). When the mean ratio of a (micro-)batch passes `ratio_threshold` its PPO terms are
-    dropped, as in TRL.
+    dropped, as in TRL. target_kl: keeps what `went_too_far` asks about. whiten_minibatch: advantages are whitened over each
+    minibatch, by the population's variance (lm-human-preferences), whatever was done to them over the rollout.
     """
+
+    def moments(params, frozen, aux, batch):
+        exp: Experience = batch["ppo"] if isinstance(batch, dict) else batch
+        mask = targets(exp.mask, exp.segments)
+        a = jnp.where(mask > 0, exp.advantages, 0.0)
+        return {"mean": (a.sum(), mask.sum()), "square": ((a**2).sum(), mask.sum())}
 
     def loss(params, frozen, aux, batch, key, stats) -> Loss:
         mixed = isinstance(batch, dict)
@@ -69,6 +84,9 @@ def ppo(
         mask = targets(exp.mask, exp.segments)
         n = mask.sum()
         exp = exp._replace(**{k: jnp.where(mask > 0, getattr(exp, k), 0.0) for k in ("logp", "values", "advantages", "returns")})
+        if whiten_minibatch:
+            spread = jax.lax.rsqrt(jnp.maximum(stats["square"] - stats["mean"] ** 2, 0.0) + 1e-8)
+            exp = exp._replace(advantages=mask * (exp.advantages - stats["mean"]) * spread)
         x, values = states_and_values(model, value, params, exp)
 
         def surrogate(logp, entropy, old):
@@ -90,11 +108,15 @@ def ppo(
         mean = lambda x: jax.lax.stop_gradient(((mask * x).sum(), n))
         metrics = {
             "policy/approxkl_avg": mean(0.5 * d**2),
+            "policy/policykl_avg": mean(-d),
             "policy/clipfrac_avg": mean(pg_clipped),
             "policy/entropy_avg": mean(out.entropy),
             "loss/policy_avg": mean(pg),
             "loss/value_avg": mean(vf),
             "val/clipfrac_avg": mean(vf_clipped),
+            "val/error": mean((values - exp.returns) ** 2),
+            "val/mean": mean(exp.values),
+            "returns/mean": mean(exp.returns),
             "val/ratio": mean(ratio),
             "val/dropped": (1 - keep, jnp.ones(())),
         }
@@ -104,4 +126,8 @@ def ppo(
             metrics["loss/ptx_avg"] = jax.lax.stop_gradient((ce.nll, tokens))
         return Loss(terms, metrics)
 
-    return Objective(loss)
+    watched = {} if target_kl is None else {
+        "init_aux": lambda params: {"policykl": jnp.zeros(())},
+        "update_aux": lambda aux, params, metrics, step: {"policykl": metrics["policy/policykl_avg"]},
+    }  # fmt: skip
+    return Objective(loss, stats=moments if whiten_minibatch else None, **watched)

@@ -23,10 +23,25 @@ def kl_tokens(logp, ref_logp, kind: str = "k1"):
     return KL_ESTIMATORS[kind](logp - ref_logp)
 
 
+def full_kl(logps, ref_logps):
+    """KL(policy || reference) from both whole distributions, log-probs f32[...,V] -> f32[...]: no estimate."""
+    return (jnp.exp(logps) * (logps - ref_logps)).sum(-1)
+
+
+def overlong_penalty(length, max_new: int, buffer: int):
+    """0 up to max_new - buffer tokens, then down in a line to -1 at max_new, -1 beyond; f32 like length (DAPO, 2503.14476, eq. 13)."""
+    return jnp.clip((max_new - buffer - length) / buffer, -1.0, 0.0)
+
+
+def at_last(score, mask):
+    """[t is the last valid token] * score. score f32[B]; mask f32[B,T] -> f32[B,T]."""
+    last = (mask > 0) & (jnp.cumsum(mask, -1) == mask.sum(-1, keepdims=True))
+    return jnp.where(last, score[:, None], 0.0)
+
+
 def token_rewards(score, kl, mask, beta):
     """reward_t = -beta * kl_t + [t is the last valid token] * score. score f32[B]; kl, mask f32[B,T] -> f32[B,T]."""
-    last = mask * (jnp.cumsum(mask, -1) == mask.sum(-1, keepdims=True))
-    return -beta * kl * mask + last * score[:, None]
+    return -beta * kl * mask + at_last(score, mask)
 
 
 def gae(rewards, values, mask, gamma: float = 1.0, lam: float = 0.95):
@@ -92,4 +107,47 @@ def centred_advantages(rewards, group: int):
     return _relative(rewards, group, lambda r: 1.0)
 
 
-GROUP_ADVANTAGES = {"group": group_advantages, "batch": batch_advantages, "none": centred_advantages}
+def leave_one_out_advantages(rewards, group: int):
+    """R - mean of the others of the group (RLOO, 2402.14740, section 3): n / (n - 1) times the centred reward, n of them scored."""
+    r = rewards.reshape(-1, group)
+    n = (~jnp.isnan(r)).sum(1, keepdims=True)
+    return (n / jnp.maximum(n - 1, 1) * centred_advantages(rewards, group).reshape(-1, group)).reshape(-1)
+
+
+def _standardised(a, ok):
+    """(a - mean) / (std + 1e-4) over what is ok; 0 elsewhere."""
+    mean, std = _moments(jnp.where(ok, a, jnp.nan), None)
+    return jnp.where(ok, (a - mean) / (std + 1e-4), 0.0).reshape(-1)
+
+
+def whitened_leave_one_out_advantages(rewards, group: int):
+    """`leave_one_out_advantages`, standardised over the batch (TRL's normalize_advantages). Who is alone in being scored has no
+    baseline and does not count."""
+    ok = ~jnp.isnan(rewards.reshape(-1, group))
+    return _standardised(leave_one_out_advantages(rewards, group), (ok & (ok.sum(1, keepdims=True) > 1)).reshape(-1))
+
+
+def summed_rewards(rewards, weights=()):
+    """Rewards of several functions f32[B,K] -> sum_k w_k R_k f32[B], without what is NaN; NaN where all are. f32[B] stays."""
+    if rewards.ndim == 1:
+        return rewards
+    w = jnp.asarray(weights or (1.0,) * rewards.shape[1], jnp.float32)
+    return jnp.where(jnp.isnan(rewards).all(1), jnp.nan, jnp.nansum(rewards * w, 1))
+
+
+def gdpo_advantages(rewards, group: int, weights=()):
+    """Each of K rewards f32[B,K] standardised within its group, their weighted sum, standardised over the batch (GDPO,
+    2601.05242): a reward of small variance is not drowned by one of large variance."""
+    each = jax.vmap(lambda r: jnp.where(jnp.isnan(r), jnp.nan, group_advantages(r, group)), 1, 1)(rewards)
+    total = summed_rewards(each, weights)
+    return _standardised(total, ~jnp.isnan(total))
+
+
+GROUP_ADVANTAGES = {
+    "group": group_advantages,
+    "batch": batch_advantages,
+    "none": centred_advantages,
+    "rloo": leave_one_out_advantages,
+    "rloo_batch": whitened_leave_one_out_advantages,
+}
+SEVERAL = {"gdpo": gdpo_advantages}  # of rewards f32[B,K]

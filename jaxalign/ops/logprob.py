@@ -167,6 +167,30 @@ def logprob(x, unembed: Unembed, tokens, mask, *, temperature=1.0, chunk: int | 
     return LogProbs(*_logprob(x, unembed, jnp.asarray(temperature, wide(x)), tokens, mask.astype(wide(x)), chunk))
 
 
+def log_sum_squares(x, unembed: Unembed, mask, *, temperature: float = 1.0, chunk: int | None = None) -> jax.Array:
+    """log sum_v p_v^2 f32[B,T] under already shifted hidden states, 0 where mask is 0: how sure the model is of itself, in nats, at
+    most 0. It has no gradient (it weighs losses: WPO, 2406.11827)."""
+
+    def walk(pieces, x, u, mask):
+        c = _chunk(*x.shape[:2], u.weight.shape[0], chunk)
+        full = _gathered(pieces, u, x.dtype)
+
+        def some(xc, mc):
+            z = _logits(xc, full, temperature)[0]
+            e = jnp.exp(z - pieces.max(z.max(-1), "vocab")[..., None])
+            total, squares = pieces.sum((e.sum(-1), (e * e).sum(-1)), "vocab")
+            return jnp.where(mc > 0, jnp.log(squares) - 2 * jnp.log(total), 0.0)
+
+        def body(_, xs):
+            return None, jax.lax.cond(xs[0], some, lambda xc, mc: jnp.zeros_like(mc), *xs[1])
+
+        chunks = tuple(_split(a, c) for a in (x, mask))
+        return _join(jax.lax.scan(body, None, (_asked(pieces, chunks[1]), chunks))[1], x.shape[1])
+
+    x, unembed = jax.lax.stop_gradient((x, unembed))
+    return shard.local(walk, STATES, _cut(unembed), ROWS, out=ROWS)(x, unembed, mask.astype(wide(x)))
+
+
 def _stats(pieces, z, tokens, mask) -> LogProbs:
     _, top, total, product, hit = _softmax(pieces, z, tokens)
     lse = top + jnp.log(total)

@@ -29,6 +29,22 @@ def masked_whiten(x, mask, shift_mean: bool = True):
     return jnp.where(mask > 0, out if shift_mean else out + mean, 0)
 
 
+def population_whiten(x, mask, shift_mean: bool = True):
+    """`masked_whiten` with the population's variance, which divides by n (lm-human-preferences, OpenRLHF)."""
+    mean = masked_mean(x, mask)
+    out = (x - mean) * jax.lax.rsqrt(masked_var(x, mask, unbiased=False) + 1e-8)
+    return jnp.where(mask > 0, out if shift_mean else out + mean, 0)
+
+
+WHITEN = {"bessel": masked_whiten, "population": population_whiten}
+
+
+def top_share(x, mask, share: float):
+    """Where x is among the largest `share` of the valid entries, f32 like mask (2506.01939: the tokens of high entropy)."""
+    edge = jnp.nanquantile(jnp.where(mask > 0, x, jnp.nan), 1 - share)
+    return jnp.where(mask > 0, x >= edge, False).astype(jnp.float32)
+
+
 def segment_sums(x, segments):
     """At each token, the sum of x over the tokens of its own segment. x f32[B,T], segments [B,T] -> f32[B,T]."""
     edge = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)

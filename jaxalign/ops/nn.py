@@ -131,6 +131,14 @@ def is_adapted(w) -> bool:
     return isinstance(w, dict) and "base" in w and "a" in w
 
 
+@flax.struct.dataclass
+class Noisy:
+    """A table of embeddings whose look-ups get noise: what stands in the place of the table while training, see `objectives.lm`."""
+
+    table: Any
+    noise: jax.Array  # f32[B,T,D]
+
+
 def is_weight(w) -> bool:
     """A leaf of a tree of weights: an array (or Spec), or a node that stands for one."""
     return not isinstance(w, dict) or is_adapted(w) or quant.is_quantised(w)
@@ -185,6 +193,7 @@ def weight(w, dtype=None) -> jax.Array:
 
     dtype None: that of an array, f32 of a node. Gradients flow to a, b and magnitude, through a dense one.
     """
+    w = w.table if isinstance(w, Noisy) else w
     if is_adapted(w):
         dense = _sum(w)
         dense = dense * (w["magnitude"] * dora_factor(w))[..., None, :] if "magnitude" in w else dense
@@ -210,6 +219,8 @@ def embed(table: jax.Array, ids: jax.Array, dtype, axis: str = "vocab") -> jax.A
     An adapted table looks up W and a, and multiplies by b; a quantised one is dequantised whole. `axis` is the logical axis
     of V ("." for one that no mesh cuts, as a table of positions).
     """
+    if isinstance(table, Noisy):
+        return embed(table.table, ids, dtype, axis) + table.noise.astype(dtype)
     if not is_adapted(table):
         return _look_up(weight(table), ids, jnp.dtype(dtype), axis)
     low = embed(table["a"], ids, dtype, axis) * table["scale"].astype(dtype)

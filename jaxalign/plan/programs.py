@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import types
 from pathlib import Path
@@ -23,7 +24,7 @@ from jaxalign.models import heads, lora
 from jaxalign.rl import reference, rewards
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
-from jaxalign.types import Pairs, Prompts, Rankings, Rollout, Tokens, Tree, UserError
+from jaxalign.types import Labelled, Pairs, Prompts, Rankings, Rollout, Steps, Tokens, Trajectories, Tree, UserError
 from jaxalign.world import World, model_of
 
 
@@ -62,7 +63,7 @@ class Imagined:
         held = tree.flat(params)
         return tree.unflat({k: held.get(k.removesuffix("/base"), x) if not quantised else x for k, x in tree.flat(new).items()}), head
 
-    def source(self, w: World, c: ConfigDict, kind: str, batch: int) -> Source:
+    def source(self, w: World, c: ConfigDict, kind: str, batch: int, mismatched: bool = False) -> Source:
         def of(shape, dtype=np.int32):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=shard.batch_sharding(w.mesh))
 
@@ -83,6 +84,15 @@ class Imagined:
         if kind == "rankings":
             T, K = needed("max_len"), needed("max_k")
             return Source(Rankings(rows(batch, K, T), of((batch, K)), of((batch, K), np.float32)), T)
+        if kind == "labelled":
+            T = needed("max_len")
+            return Source(Labelled(rows(batch, T), one, one, *((rows(batch, T), one) if mismatched else ())), T)
+        if kind == "trajectories":
+            T = needed("max_len")
+            return Source(Trajectories(*rows(batch, T), of((batch, T), np.float32), one), T)
+        if kind == "steps":
+            T = needed("max_len")
+            return Source(Steps(rows(batch, T), of((batch, T), np.float32)), T)
         T = needed("max_prompt_len")
         return Source(Prompts(of((batch, T)), of((batch, T)), of((batch, T)), of((batch,))), T)
 
@@ -148,7 +158,7 @@ def iteration(s: build.Stage) -> Iteration:
     """Of a stage of shapes. Raises UserError for an online source that this file does not know."""
     model = s.world.model
     state, step = s.begin()
-    resident = {"params": state.params, "optimizer": state.opt_state, "frozen": s.frozen}
+    resident = {"params": state.params, "optimizer": state.opt_state, "frozen": s.frozen, "aux": state.aux}
     flops = getattr(model, "flops_per_token", lambda length: 0.0)
     if isinstance(s.source, OnlineSource):
         return _online(s, state, step, resident, flops)
@@ -156,7 +166,7 @@ def iteration(s: build.Stage) -> Iteration:
     if isinstance(s.source, reference.WithReference):
         batch = s.source.source.next(None)
         resident["reference"] = s.source.params
-        programs.append(Program("reference", reference.add_reference, (model, s.source.params, batch), {}, 1))
+        programs.append(Program("reference", reference.add_reference, (model, s.source.params, batch, s.source.of_pairs), {}, 1))
     if batch is None:
         raise UserError(f"{s.name}: plan does not know the programs of {type(s.source).__name__}")
     programs.append(Program("step", step, (state, s.frozen, batch), {}, 1))
@@ -172,13 +182,20 @@ def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Ite
     if how.slots or how.draft:
         raise UserError(f"{s.name}: plan knows sampling of all rows at once, without a draft; set sampling.slots to 0 and sampling.draft to ''")
     prompts = src.prompts.next(None)
-    B, T = prompts.tokens.shape[0] * src.group, prompts.tokens.shape[1] + how.max_new
+    group = src.group
+    B, T = prompts.tokens.shape[0] * group, prompts.tokens.shape[1] + how.max_new
     whole, rows = shard.replicated(mesh), shard.batch_sharding(mesh)
     place = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else whole), t)
     key = jax.ShapeDtypeStruct((), state.key.dtype, sharding=whole)
     full = tree.merge(state.params, s.frozen["base"]) if "base" in s.frozen else state.params
-    programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": src.group}, 1, how.max_new - 1)]
+    full = src.lagging(full, state.aux) if src.lagging else full
+    programs = [Program("generate", generate, (model, how, full["policy"], prompts._replace(records=()), key, state.step), {"group": group}, 1, how.max_new - 1)]
     rollout: Rollout = place(programs[0].shapes(mesh))
+    if src.rival is not None:  # one more answer to each prompt
+        rival = jax.jit(functools.partial(src.rival, model, how))
+        programs.append(Program("rival", rival, (full["policy"], src.reference, prompts._replace(records=()), key, state.step), {}, 1, how.max_new - 1))
+        B = B // src.group * (src.group + 1)
+        rollout = jax.tree.map(lambda x: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype, sharding=x.sharding) if x.ndim else x, rollout)
     mine = {id(x) for x in jax.tree.leaves(full)}
     loaded = [(what, p) for what, p in s.world.imagined.held if not mine & {id(x) for x in jax.tree.leaves(p)}]
     judges = s.world.imagined.judges

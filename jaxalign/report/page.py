@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxalign.report import stage
+from jaxalign.report import judged, stage
 from jaxalign.report.charts import Mark, plane
 from jaxalign.report.markup import Html, join, tag
-from jaxalign.report.read import POLICIES, STAGES, Stage, dig, document, number, show
+from jaxalign.report.read import POLICIES, STAGES, Stage, dig, document, number, policies as evaluated, read_rows, show
 from jaxalign.report.read import stage as read_stage
 from jaxalign.report.stage import fold, pretty, text
 from jaxalign.report.style import CSS
@@ -55,6 +55,7 @@ def pipeline(workdir: Path, name: str) -> Html:
     config, environment, evaluation = (document(workdir / f"{x}.json", problems) for x in ("config", "environment", "evaluation"))
     others = sorted(p.parent.name for p in workdir.glob("*/metrics.jsonl") if p.parent.name not in STAGES)
     stages = [read_stage(workdir / s, s) for s in (*STAGES, *others)]
+    origins = lineage(workdir, problems)
     machine = environment or next((s.environment for s in reversed(stages) if s.environment), None)
     links = [("policies", "Policies"), ("samples", "Samples"), *((s.name, TITLES.get(s.name, s.name)) for s in stages), ("reliability", "Reliability"), ("setup", "Setup")]
     return join(
@@ -67,6 +68,7 @@ def pipeline(workdir: Path, name: str) -> Html:
             policies(evaluation),
             samples(evaluation),
             *(stage.section(s, TITLES.get(s.name, s.name), evaluation) for s in stages),
+            origins,
             reliability(stages),
             tag("h2", "Setup", id="setup"),
             seconds(evaluation),
@@ -96,10 +98,10 @@ def verdict(evaluation: Any) -> Html:
 def policies(evaluation: Any) -> Html:
     """What the policies earn against how far they went, and the most that any policy could earn there."""
     title = tag("h2", "Policies", id="policies")
-    known = {p: d for p in POLICIES if isinstance(d := dig(evaluation, "policies", p), dict)}
+    known = evaluated(evaluation)
     if not known:
         return join([title, tag("p", "No policy has been evaluated.", class_="missing")])
-    marks = [Mark(p.upper(), *xy, COLOURS[p]) for p, d in known.items() if (xy := _point(d))]
+    marks = [Mark(p.upper(), *xy, COLOURS.get(p, 5)) for p, d in known.items() if (xy := _point(d))]
     frontier = dig(evaluation, "frontier")
     curve = [xy for d in (frontier if isinstance(frontier, list) else []) if (xy := _point(d))]
     if curve and (start := _point(dig(known, "sft"))):
@@ -111,7 +113,7 @@ def policies(evaluation: Any) -> Html:
     )
     rows = [
         tag(
-            "tr", tag("td", tag("span", tag("b", p.upper()), class_=f"key s{COLOURS[p]}")), tag("td", show(d.get("gold"), 3), class_="n"),
+            "tr", tag("td", tag("span", tag("b", p.upper()), class_=f"key s{COLOURS.get(p, 5)}")), tag("td", show(d.get("gold"), 3), class_="n"),
             tag("td", show(d.get("win_rate"), 3), tag("small", interval(d.get("win_interval")).removeprefix("95% interval ")), class_="n"),
             tag("td", show(d.get("kl"), 3), class_="n"), tag("td", show(d.get("length"), 3), class_="n"),
         )
@@ -125,15 +127,16 @@ def policies(evaluation: Any) -> Html:
         f"Intervals are 95%, over prompts. A win counts towards the target up to a KL of {show(KL, 3)} nats.",
         class_="soft",
     )  # fmt: skip
-    return join([title, tag("div", figure, tag("div", table, about), class_="pair")])
+    chart = judged.best_of_n(evaluation)
+    return join([title, tag("div", figure, tag("div", table, about), class_="pair"), judged.writing(known), tag("div", chart, class_="charts") if chart else None])
 
 
 def samples(evaluation: Any, most: int = 24, open_: int = 4) -> Html:
     """Answers of all policies to the same prompt, side by side."""
     title = tag("h2", "Samples", id="samples")
     answers: dict[str, dict[str, list[dict]]] = {}
-    for p in POLICIES:
-        found = dig(evaluation, "policies", p, "samples")
+    for p, d in evaluated(evaluation).items():
+        found = d.get("samples")
         for s in found if isinstance(found, list) else []:
             if isinstance(s, dict):
                 answers.setdefault(str(s.get("prompt", "")), {}).setdefault(p, []).append(s)
@@ -168,6 +171,22 @@ def reliability(stages: list[Stage]) -> Html:
     return join([tag("h2", "Reliability", id="reliability"), table, fold(f"{len(log)} events", tag("pre", "\n".join(log))) if log else tag("p", "No events.", class_="soft")])
 
 
+def lineage(workdir: Path, problems: list[str]) -> Html | None:
+    """Which weights and files every stage came from."""
+    found = read_rows(workdir / "lineage.jsonl", problems)
+    if not found:
+        return None
+    short = lambda x: tag("code", str(x)[:8]) if x else None
+    rows = []
+    for e in found:
+        parents, data = (e.get(k) if isinstance(e.get(k), dict) else {} for k in ("parents", "data"))
+        origin = lambda k, v: (tag("small", f"{k} "), str(dig(v, "from") or "–"), " ", short(dig(v, "weights") or dig(v, "files")), Html("<br>"))
+        files = [(str(p), " ", short(h), Html("<br>")) for p, h in data.items()]
+        who = e.get("objective") or (f"labels by {e['labeller']}" if e.get("labeller") else "")
+        rows.append(tag("tr", tag("td", tag("b", str(e.get("name", ""))), tag("small", f" {who}")), tag("td", short(e.get("weights"))), tag("td", *(x for k, v in parents.items() for x in origin(k, v))), tag("td", *(x for f in files for x in f))))
+    return join([tag("h2", "Lineage", id="lineage"), _table(["", "weights", "made from", "data"], rows)])
+
+
 def seconds(evaluation: Any) -> Html | None:
     """Where the time went: a bar, and its parts in words."""
     spent = dig(evaluation, "seconds")
@@ -180,7 +199,7 @@ def seconds(evaluation: Any) -> Html | None:
 
 
 def _answer(policy: str, s: dict) -> Html:
-    return tag("div", tag("header", tag("b", policy.upper()), tag("span", "gold ", show(s.get("gold"), places=2))), text(s.get("completion", "")), class_=f"answer s{COLOURS[policy]}")
+    return tag("div", tag("header", tag("b", policy.upper()), tag("span", "gold ", show(s.get("gold"), places=2))), text(s.get("completion", "")), class_=f"answer s{COLOURS.get(policy, 5)}")
 
 
 def _point(d: Any) -> tuple[float, float] | None:

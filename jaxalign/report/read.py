@@ -28,7 +28,7 @@ class Stage(NamedTuple):
 def stage(directory: Path, name: str) -> Stage:
     """Never raises for what the directory holds or lacks."""
     problems: list[str] = []
-    rows = [_rows(directory / f"{x}.jsonl", problems) for x in ("metrics", "timings", "events", "samples")]
+    rows = [read_rows(directory / f"{x}.jsonl", problems) for x in ("metrics", "timings", "events", "samples")]
     return Stage(name, *rows, *(document(directory / f"{x}.json", problems) for x in ("config", "environment")), problems)
 
 
@@ -43,7 +43,8 @@ def document(path: Path, problems: list[str]) -> Any:
         return None
 
 
-def _rows(path: Path, problems: list[str]) -> list[dict]:
+def read_rows(path: Path, problems: list[str]) -> list[dict]:
+    """The objects of a JSON Lines file; [] if there is none, or none that can be read (then `problems` says so)."""
     if not path.exists():
         return []
     try:
@@ -58,6 +59,13 @@ def dig(x: Any, *keys: str) -> Any:
     for key in keys:
         x = x.get(key) if isinstance(x, dict) else None
     return x
+
+
+def policies(evaluation: Any) -> dict[str, dict]:
+    """{name: figures} of the policies that were evaluated, the road's own first."""
+    found = dig(evaluation, "policies")
+    found = found if isinstance(found, dict) else {}
+    return {p: found[p] for p in dict.fromkeys([*POLICIES, *found]) if isinstance(found.get(p), dict)}
 
 
 def number(x: Any) -> float | None:

@@ -26,6 +26,8 @@ def rows(batch: Any) -> list[tuple]:
     if hasattr(batch, "candidates"):
         c = batch.candidates
         return [r for i in range(c.tokens.shape[0]) for r in zip(c.tokens[i], c.mask[i], c.segments[i])]
+    if hasattr(batch, "rows"):
+        return rows(batch.rows)
     mask = getattr(batch, "mask", batch.segments * 0)
     return list(zip(batch.tokens, mask, batch.segments))
 

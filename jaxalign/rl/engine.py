@@ -20,7 +20,7 @@ import numpy as np
 from jaxalign import shard
 from jaxalign.ops import nn
 from jaxalign.rl import rollout, speculative
-from jaxalign.rl.rollout import Sampling, draw, for_decoding, grouped, together, uniforms
+from jaxalign.rl.rollout import Sampling, draw, ends, for_decoding, grouped, together, uniforms
 from jaxalign.types import Model, Prompts, Rollout, Tree, UserError
 
 SMALLEST = 16  # shortest prompt bucket
@@ -107,7 +107,7 @@ def _start(model, how, B, R, P, row, key):
 def _noted(how, c, row, made, token, logp, live):
     """Token number `made` of each live row into the results: (the results, whether the row ends with it)."""
     row = jnp.where(live, row, c["out"].shape[0])
-    stopped = (token[:, None] == jnp.asarray(how.stop or (-1,), jnp.int32)).any(1)
+    stopped = ends(how, token, made)
     put = lambda name, at, value: c[name].at[at].set(value, mode="drop")
     new = {"out": put("out", (row, made), token), "logp": put("logp", (row, made), logp), "count": put("count", row, made + 1), "stopped": put("stopped", row, stopped)}
     return new, stopped | (made + 1 >= how.max_new)

@@ -17,10 +17,12 @@ import numpy as np
 
 from jaxalign import shard, tree
 from jaxalign.ops import nn
-from jaxalign.rl.control import KL
+from jaxalign.ops.advantage import constant_groups, summed_rewards
+from jaxalign.rl import rewards
+from jaxalign.rl.control import KL, ScoreScale
 from jaxalign.rl.engine import generate
 from jaxalign.rl.rollout import Sampling
-from jaxalign.types import GroupExperience, Model, Prompts, Rollout, Source
+from jaxalign.types import GroupExperience, Model, Prompts, Rollout, Source, UserError
 
 
 def repeated(prompts: Prompts, group: int) -> Prompts:
@@ -45,9 +47,23 @@ def interleaved(rollout: Rollout, other: Rollout, *, group: int) -> Rollout:
     return jax.tree.map(rows, rollout, other)
 
 
+@jax.jit
+def _picked(ours, theirs, rows):
+    """Of two trees of rows, one behind the other, `rows` i32[B]; numbers that are no rows stay ours."""
+    pick = lambda a, b: shard.constrain(jnp.concatenate([a, b])[rows], "batch", *(None,) * (a.ndim - 1)) if a.ndim else a
+    return jax.tree.map(pick, ours, theirs)
+
+
+@jax.jit
+def _unanswered(rollout: Rollout, scores, n):
+    """All but the first n rows without an answer and without a score, so that they weigh nothing."""
+    real = jnp.arange(rollout.mask.shape[0]) < n
+    return rollout._replace(mask=rollout.mask * real[:, None]), jnp.where(real if scores.ndim == 1 else real[:, None], scores, jnp.nan)
+
+
 def as_dict(batch: Any) -> Any:
     """Nested NamedTuples as nested dicts, without what is None: for a checkpoint."""
-    return {k: as_dict(x) for k, x in batch._asdict().items() if x is not None} if hasattr(batch, "_asdict") else batch
+    return {k: as_dict(x) for k, x in batch._asdict().items() if x is not None and not (isinstance(x, dict) and not x)} if hasattr(batch, "_asdict") else batch
 
 
 def from_dict(kind: type, d: dict) -> Any:
@@ -69,6 +85,17 @@ class OnlineSource:
 
     play(params, prompts, key, version) -> (Rollout, scores f32[B] or, for each token, f32[B,T]): in place of sampling and scoring,
     for those who take turns with something (an environment).
+
+    rounds N: dynamic sampling (DAPO, 2503.14476, section 3.2). Groups whose rewards are all equal teach nothing; they are thrown
+    away and more prompts are drawn, at most N times for one batch, until it is full of groups that say something; what is left
+    over of them is dropped. After N rounds a batch that is not full is trained on as it is: the missing groups are rows without
+    an answer, which weigh nothing. One with no group at all raises UserError.
+
+    score_scale: what scores are divided by, handed to `experience` as one more argument. stop(state) -> bool: asked after each
+    update whether the rest of the rollout is to be skipped (PPO's early stop), in which case the next one is collected.
+
+    lagging(params, aux) -> params: what samples and what makes the experience sees these, where it reads the objective's own
+    state too (a policy that lags behind).
 
     Its state is the prompt source's position, the rollouts under way with their scores, how much of the experience in flight
     is used, that experience itself and the KL coefficient: a run killed in the middle of an epoch goes on with the very same
@@ -99,11 +126,18 @@ class OnlineSource:
         draft: tuple | None = None,
         rival: Callable | None = None,
         play: Callable | None = None,
+        rounds: int = 0,
+        score_scale: ScoreScale | None = None,
+        stop: Callable | None = None,
+        lagging: Callable | None = None,
     ):
         self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
-        self.rival, self.play = rival, play
+        self.rival, self.play, self.lagging = rival, play, lagging
+        self.rounds, self.score_scale, self.stop = rounds, score_scale, stop
+        if rounds and (play is not None or group + (rival is not None) < 2):
+            raise UserError(f"rl.dynamic_rounds {rounds} compares the answers of a group, so there must be two or more of them, and no environment")
         self.draft = draft  # a smaller model and its weights, where sampling.draft names one
         self.frozen = {} if frozen is None else frozen  # "base": what the state's params lack (frozen leaves, under adapters)
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
@@ -140,7 +174,7 @@ class OnlineSource:
             rollout = self._sample(params["policy"], bare, key, state.step)
             if self.rival is not None:
                 other = self.rival(self.model, self.sampling, params["policy"], self.reference, shard.place(bare, self.mesh), nn.fold(key, "rival"), state.step)
-                rollout = interleaved(rollout, other, group=self.group)
+                rollout = interleaved(self._here(rollout), other, group=self.group)
             rollout = self._done(rollout)
         batch = repeated(batch, self.group + (self.rival is not None))
         entry = {"born": self.iteration, "rollout": rollout}
@@ -162,22 +196,55 @@ class OnlineSource:
 
     def _collect(self, state):
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
+        params = self.lagging(params, state.aux) if self.lagging else params
+        rollout, scores, born, counts = (self._informative if self.rounds else self._scored)(params, state)
+        scale = () if self.score_scale is None else (self.score_scale(scores, rollout.truncated),)
+        with self.phase("experience"):
+            self.experience, metrics = self.experience_of(params, self.reference, rollout, scores, self.beta, *scale)
+            self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | counts
+        if scale:
+            self._metrics["objective/score_scale"] = float(scale[0])
+        if self.staleness:
+            self._metrics["staleness"] = float(self.iteration - born)
+        self.beta = self.kl.update(self.beta, self.kl.observed(self._metrics), rollout.tokens.shape[0])
+        self._samples = self._show(rollout, scores) if self.decode else []
+        self.iteration, self.used = self.iteration + 1, 0
+
+    def _scored(self, params, state) -> tuple[Rollout, Any, int, dict[str, float]]:
+        """The rollout whose turn it is, its scores, the iteration that launched it, and what the metrics say of the scores."""
         while len(self._queue) <= self.staleness:
             self._launch(params, state)
         entry = self._queue.pop(0)
         rollout = self._here(entry["rollout"])
         with self.phase("score"):
-            scores = _result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None)
-        with self.phase("experience"):
-            self.experience, metrics = self.experience_of(params, self.reference, rollout, scores, self.beta)
-            self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if self.staleness:
-            self._metrics["staleness"] = float(self.iteration - entry["born"])
-        self.beta = self.kl.update(self.beta, self._metrics.get("objective/kl", 0.0), rollout.tokens.shape[0])
-        self._samples = self._show(rollout, scores) if self.decode else []
-        self.iteration, self.used = self.iteration + 1, 0
+            scored = rewards.scored(_result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None))
+        counts = {k: float(v) for k, v in jax.device_get(rewards.summary(scored._replace(scores=None))).items()}
+        return rollout, scored.scores, entry["born"], counts
+
+    def _informative(self, params, state) -> tuple[Rollout, Any, int, dict[str, float]]:
+        """As `_scored`, of groups that say something, and how many there were of which kind."""
+        size, held, constant = self.group + (self.rival is not None), 0, 0
+        for rounds in range(1, self.rounds + 1):
+            rollout, scores, was, counts = self._scored(params, state)
+            says = ~shard.to_host(constant_groups(summed_rewards(scores), size))
+            n, constant = len(says), constant + int((~says).sum())
+            order = np.argsort(~says, kind="stable")  # those that say something first, each kind in the order it came
+            if rounds == 1:
+                both, born = (rollout, scores), was
+            if rounds > 1 or not says.all():
+                groups = np.concatenate([np.arange(held), n + order])[:n]
+                both = _picked(both, (rollout, scores), (groups[:, None] * size + np.arange(size)).reshape(-1))
+            held += int(says.sum())
+            if held >= n:
+                break
+        if not held:
+            raise UserError(f"rl.dynamic_rounds {self.rounds}: of {constant} prompts none had answers of different reward; they are too easy or too hard for this policy. Take other prompts, a larger rl.group, a finer reward, or end the training here")
+        rollout, scores = both if held >= n else _unanswered(*both, held * size)
+        name = "dynamic_sampling/"
+        return rollout, scores, born, counts | {f"{name}rounds": float(rounds), f"{name}discarded_groups": float(constant), f"{name}left_over_groups": float(max(held - n, 0)), f"{name}missing_groups": float(max(n - held, 0))}
 
     def _show(self, rollout, scores, n: int = 2):
+        scores = summed_rewards(scores)
         r = [shard.to_local(x)[:n] for x in (rollout.tokens, rollout.mask, rollout.segments, scores)]
         return [{"prompt": self.decode(t[(m == 0) & (s != 0)]), "completion": self.decode(t[m > 0]), "score": float(c)} for t, m, s, c in zip(*r)]
 
@@ -185,7 +252,8 @@ class OnlineSource:
 
     def next(self, state):
         self._metrics, self._samples = {}, []
-        if self.experience is None or self.used == self.epochs * self.minibatches:
+        over = self.experience is None or self.used == self.epochs * self.minibatches
+        if over or (self.stop is not None and self.used and self.stop(state)):
             self._collect(state)
         epoch, part = divmod(self.used, self.minibatches)
         self.used += 1
@@ -204,17 +272,23 @@ class OnlineSource:
         """A few rollouts of this process, in the step that collected them."""
         return self._samples
 
+    def events(self) -> list[dict]:
+        """What happened since last time that a reader of the run should know: rewards that failed."""
+        return [e for x in (self.scorer, self.play) for e in getattr(x, "events", list)()]
+
     def state_dict(self) -> dict:
         d = {"prompts": self.prompts.state_dict(), "iteration": self.iteration, "used": self.used, "beta": self.beta}
         if self.mix is not None:
             d["mix"] = self.mix.state_dict()
+        if self.score_scale is not None:
+            d["score_scale"] = self.score_scale.state_dict()
         arrays: dict[str, Any] = {}
         if self.experience is not None and self.used < self.epochs * self.minibatches:
             arrays["experience"] = as_dict(self.experience)
         if self._queue:
             d["born"] = [e["born"] for e in self._queue]
             for i, e in enumerate(self._queue):
-                scores = {"scores": _result(e["scores"])} if "scores" in e else {}
+                scores = {"scores": as_dict(_result(e["scores"]))} if "scores" in e else {}
                 arrays[f"rollout_{i}"] = {**self._here(e["rollout"])._asdict(), **scores}
         return {**d, "arrays": arrays} if arrays else d
 
@@ -222,14 +296,17 @@ class OnlineSource:
         self.prompts.load_state_dict(d["prompts"])
         if self.mix is not None:
             self.mix.load_state_dict(d["mix"])
+        if self.score_scale is not None:
+            self.score_scale.load_state_dict(d["score_scale"])
         self.iteration, self.used, self.beta = d["iteration"], d["used"], d["beta"]
         arrays = d.get("arrays") or {}
         self.experience = from_dict(self.kind, arrays["experience"]) if "experience" in arrays else None
         self._queue = []
         for i, born in enumerate(d.get("born", ())):
             fields = dict(arrays[f"rollout_{i}"])
-            scores = {"scores": fields.pop("scores")} if "scores" in fields else {}
-            self._queue.append({"born": born, "rollout": Rollout(**fields), **scores})
+            scores = fields.pop("scores", None)
+            scores = rewards.Scored(**scores) if isinstance(scores, dict) else scores
+            self._queue.append({"born": born, "rollout": Rollout(**fields), **({} if scores is None else {"scores": scores})})
 
 
 def _result(scores):

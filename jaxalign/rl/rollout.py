@@ -27,6 +27,7 @@ class Sampling:
 
     max_new: int
     stop: tuple[int, ...] = ()  # ids that end a completion; they belong to it
+    stop_after: int = 0  # before this many tokens they end nothing (truncate_after of lm-human-preferences)
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -40,6 +41,8 @@ class Sampling:
             raise UserError(f"sampling.slots {self.slots} must be 0 (all rows at once) or more, sampling.draft_tokens {self.draft_tokens} 1 or more")
         if self.slots and self.draft:
             raise UserError("sampling.slots and sampling.draft do not go together: choose one")
+        if not 0 <= self.stop_after < max(self.max_new, 1):
+            raise UserError(f"sampling.stop_after {self.stop_after} must be 0 or more and below sampling.max_new {self.max_new}")
         if not (self.max_new >= 1 and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UserError(f"sampling needs max_new >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self}")
 
@@ -52,8 +55,16 @@ def check_length(model: Model, length: int, what: str) -> None:
 
 
 def draw(model: Model, how: Sampling, params, x, u):
-    """Hidden f[B,1,D] and a uniform per row f32[B] -> (tokens i32[B], log-probs f32[B])."""
-    return sampling.draw(u, next_logits(x[:, 0], model.unembed(params)), how.temperature, how.top_k, how.top_p)
+    """Hidden f[B,1,D] and a uniform per row f32[B] -> (tokens i32[B], log-probs f32[B]). A model with `next_logits` says itself
+    what is drawn from (`models.heads.Guided`)."""
+    z = model.next_logits(params, x[:, 0]) if hasattr(model, "next_logits") else next_logits(x[:, 0], model.unembed(params))
+    return sampling.draw(u, z, how.temperature, how.top_k, how.top_p)
+
+
+def ends(how: Sampling, token, t):
+    """bool like token i32[...]: whether token number t (from 0) of an answer is its last, being a stop token at or after stop_after."""
+    stop = (token[..., None] == jnp.asarray(how.stop or (-1,), jnp.int32)).any(-1)
+    return stop & (jnp.asarray(t) >= how.stop_after) if how.stop_after else stop
 
 
 def uniforms(key, row, t):
@@ -91,7 +102,6 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
     B, P = tokens.shape
     N = how.max_new
     length = segments.astype(bool).sum(1)  # of the prompt; also the position of the first new token
-    stop = jnp.asarray(how.stop or (-1,), jnp.int32)
 
     u = uniforms(key, row, jnp.arange(N))  # at once: a step that makes its own spends more on them than on small layers
     end = P - 1 - jnp.argmax((segments != 0)[:, ::-1], axis=1)  # slot of the last prompt token
@@ -108,7 +118,7 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
             "t": t + 1,
             "cache": h.cache,
             "token": jnp.where(live, token, how.pad),
-            "done": c["done"] | (token[:, None] == stop).any(1),
+            "done": c["done"] | ends(how, token, t),
             "out": c["out"].at[t].set(jnp.where(live, token, how.pad)),
             "logp": c["logp"].at[t].set(jnp.where(live, logp, 0.0)),
             "count": c["count"] + live,
@@ -118,7 +128,7 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
         "t": jnp.int32(1),
         "cache": cache,
         "token": first,
-        "done": (first[:, None] == stop).any(1),
+        "done": ends(how, first, 0),
         "out": jnp.full((N, B), how.pad, jnp.int32).at[0].set(first),
         "logp": jnp.zeros((N, B), jnp.float32).at[0].set(logp),
         "count": jnp.ones((B,), jnp.int32),

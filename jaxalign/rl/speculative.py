@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxalign.ops import nn, rope, sampling
 from jaxalign.ops.logprob import next_logits
-from jaxalign.rl.rollout import Sampling, grouped, together
+from jaxalign.rl.rollout import Sampling, ends, grouped, together
 from jaxalign.types import Model, Prompts, Tree, UserError
 
 
@@ -58,7 +58,6 @@ def _generate(model, draft, how, group, params, draft_params, prompts, key, vers
     first = jnp.argmax(there, axis=1)[:, None]
     moved = jnp.take_along_axis(prompts.tokens, jnp.minimum(first + jnp.arange(P), P - 1), 1)
     text = jnp.where(slots < length[:, None], jnp.pad(moved, ((0, 0), (0, S - P))), how.pad)
-    stop = jnp.asarray(how.stop or (-1,), jnp.int32)
     own, accept, drafting = _streams(key, prompts.row, N + k + 1)
 
     def prefill(m, p):
@@ -128,10 +127,10 @@ def _generate(model, draft, how, group, params, draft_params, prompts, key, vers
         said = jnp.where(i < kept, jnp.pad(d, ((0, 1), (0, 0))), jnp.where(i == kept, new, how.pad))  # [k+1,B]
         logp = jnp.take_along_axis(tempered.reshape(-1, k + 1, B), said[None], 0)[0] - lse
         # A stop token ends what counts of them, and so does the room.
-        ends = (said[..., None] == stop).any(-1) & (i <= kept)
-        clear = jnp.cumsum(ends, 0) - ends == 0
+        last = ends(how, said, made + i) & (i <= kept)
+        clear = jnp.cumsum(last, 0) - last == 0
         real = (i <= kept) & clear & (made + i < N) & live
-        count, stopped = real.sum(0), (ends & real).any(0)
+        count, stopped = real.sum(0), (last & real).any(0)
         where = lambda base, most: jnp.where(real, base + i, most)
         return {
             "text": c["text"].at[rows, where(n, S)].set(said, mode="drop"),

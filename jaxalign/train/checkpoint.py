@@ -199,6 +199,12 @@ def structure(directory: str | os.PathLike, only: str | None = None) -> Tree:
     return tree.unflat({k: _struct(*entry) for k, entry in _branch(_lead(_json, path, INDEX), only).items()})
 
 
+def holds(run: str | os.PathLike, branch: str) -> bool:
+    """Whether RUN/params, the weights that a stage left, has the branch; False where there are none."""
+    params = _local(run) / "params"
+    return (params / MANIFEST).is_file() and bool(structure(params, branch))
+
+
 def _locate(directory: Path) -> str:
     if (directory / MANIFEST).is_file():
         return str(directory)

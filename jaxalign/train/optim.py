@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Optim:
     freeze: tuple[str, ...] = ()  # regexes of what is not trained
     max_grad_norm: float | None = 1.0
     mu_dtype: str | None = None  # of the first moment: bfloat16, or as the params (the second, which moves by 1 - b2, would stand still in bf16)
+    ema: float = 0.0  # decay of the average of the params that is evaluated and kept (InstructGPT: 0.992); 0: those trained
     offload: bool = False  # keep the optimizer's state in the host's memory between updates
 
     def __post_init__(self):
@@ -41,6 +42,8 @@ class Optim:
             v = getattr(self, f)
             if not (math.isfinite(v) and v >= 0):
                 raise UserError(f"optim.{f} must be a finite number >= 0, got {v}")
+        if not self.ema < 1 or self.ema < 0 or (self.ema and self.name == "schedule_free_adamw"):
+            raise UserError(f"optim.ema must be 0 (none) or a decay below 1, got {self.ema}; schedule_free_adamw makes an average of its own")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UserError(f"optim.max_grad_norm must be > 0 (or None for no clipping), got {self.max_grad_norm}")
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -64,6 +67,21 @@ def scale_by_adam_tf(b1, b2, eps, mu_dtype=None) -> optax.GradientTransformation
         return jax.tree.map(lambda m, v: rate * m / (jnp.sqrt(v) + eps), new.mu, new.nu), new
 
     return optax.GradientTransformation(plain.init, update)
+
+
+class AverageState(NamedTuple):
+    average: Tree  # of the params
+
+
+def average(decay: float) -> optax.GradientTransformation:
+    """Leaves updates as they are and keeps an exponential moving average of the params they make, which begins as the params do
+    (`state.averaged` reads it). Last in a chain."""
+
+    def update(updates, state, params):
+        new = optax.apply_updates(params, updates)
+        return updates, AverageState(jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, new))
+
+    return optax.GradientTransformation(lambda params: AverageState(jax.tree.map(jnp.copy, params)), update)
 
 
 def adafactor(o: Optim, params: Tree) -> optax.GradientTransformation:
@@ -134,6 +152,8 @@ def make(o: Optim, steps: int, params: Tree) -> tuple[optax.GradientTransformati
         factors = tree.select(params, o.lr_scale, 1.0)
         chain.append(optax.stateless(lambda u, _: jax.tree.map(lambda x, f: x * f, u, factors)))
     chain.append(optax.scale_by_schedule(lambda t: -rate(t)))
+    if o.ema:
+        chain.append(average(o.ema))
     tx = optax.chain(*chain)
     if o.name == "schedule_free_adamw":  # Defazio et al. 2024 (2405.15682); b1 mixes the average into where gradients are taken
         tx = contrib.schedule_free(tx, rate, b1=o.b1)

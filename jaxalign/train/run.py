@@ -195,6 +195,8 @@ def train(
             due = last or done % loop.log_every == 0 or bad
             if due:
                 log.metrics(done, numbers)
+            for e in getattr(source, "events", list)():
+                log.event(e["kind"], step=done, **{k: v for k, v in e.items() if k != "kind"})
             if rows := getattr(source, "samples", list)():
                 log.samples(done, rows)
             progress.update(done, metrics["loss"], int(tokens))

@@ -44,10 +44,7 @@ def create(params: Tree, tx: optax.GradientTransformation, objective: Objective,
         step, opt_state, aux, key = jax.jit(rest)(params)
         return TrainState(step, params, opt_state, aux, key)
     out = jax.eval_shape(rest, params)
-    of_params = jax.tree.map(lambda x: x.sharding, params)
-    same = jax.tree.structure(params)
-    # aux trees shaped like params (targets, averages) are sharded like them; anything else is small.
-    aux_sh = of_params if jax.tree.structure(out[2]) == same else jax.tree.map(lambda _: shard.replicated(mesh), out[2])
+    aux_sh = shard.like(params, out[2], mesh)  # targets and averages lie like what they follow; anything else is small
     whole = shard.replicated(mesh)
     opt_sh = shard.like(params, out[1], mesh)
     if offload:
@@ -68,6 +65,9 @@ def averaged(state: TrainState) -> Tree:
 
     Schedule-free optimizers take gradients at y = (1 - b1) z + b1 x and keep z; x is the average (2405.15682, equation 3).
     """
+    found = optax.tree.get(state.opt_state, "AverageState")
+    if found is not None:
+        return jax.tree.map(lambda a, p: jax.device_put(a, p.sharding), found.average, state.params)
     found = optax.tree.get(state.opt_state, "ScheduleFreeState")
     if found is None:
         return state.params

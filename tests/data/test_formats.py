@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxalign.data.formats import (
-    Chat, Completion, Message, Preference, Prompt, Ranking, Text, Unusable, canonical, detect,
+    Chat, Completion, Label, Message, Preference, Prompt, Ranking, Text, Unusable, canonical, detect,
 )  # fmt: skip
 from jaxalign.types import UserError
 
@@ -56,6 +56,11 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant: I think "
         ({"chosen": "so be it", "rejected": "so be it then"}, Preference("so be", " it", " it then")),
         ({"prompt": "p", "completions": ["x", "y", "z"], "ranks": [1, 0, 1]}, Ranking("p", ("x", "y", "z"), (1, 0, 1))),
         ({"prompt": "p", "responses": ["x", "y"], "ranking": [2, 1]}, Ranking("p", ("x", "y"), (2, 1))),
+        ({"prompt": "p", "completion": "c", "label": False}, Label("p", "c", 0.0)),
+        ({"prompt": [q], "completion": [a], "label": True}, Label((Q,), "a", 1.0)),
+        ({"messages": [q, a], "label": True}, Label((Q,), "a", 1.0)),
+        ({"prompt": "p", "completion": "c", "score": 3}, Completion("p", "c")),
+        ({"prompt": "p", "completion": "c", "label": "good"}, Completion("p", "c")),
         ({"prompt": "p", "answer": "4"}, Prompt("p", {"prompt": "p", "answer": "4"})),
         ({"prompt": [q]}, Prompt((Q,), {"prompt": [q]})),
     ],
@@ -71,7 +76,8 @@ def test_canonical(record, want):
         ({"text": "t", "prompt": "p"}, "ambiguous"),
         ({"prompt": "p", "completion": "c", "chosen": "x", "rejected": "y"}, "ambiguous"),
         ({"messages": [q, a], "chosen": [a], "rejected": [b]}, "ambiguous"),
-        ({"prompt": "p", "completion": "c", "label": True}, "KTO"),
+        ({"prompt": "p", "completion": "c", "label": True, "score": 1}, "both 'label' and 'score'"),
+        ({"messages": [q], "label": True}, "must end with a turn of the assistant"),
         ({"promt": "p", "completion": "c"}, r"completion needs 'prompt' \(is 'promt' meant.*found keys \['completion', 'promt'\]"),
         ({"massages": []}, r"no known format has the keys \['massages'\]; nearest is chat, which needs \['messages'\]"),
         ({}, r"no known format has the keys \[\]"),
@@ -167,6 +173,10 @@ def test_format_by_name_and_by_function():
     record = {"text": "t", "messages": [q, a], "label": True}
     assert canonical(record, format="text") == Text("t")
     assert canonical(record, format="chat") == Chat((Q, A))
+    scored = {"prompt": "p", "completion": "c", "score": 2.5}
+    assert canonical(scored, format="label") == Label("p", "c", 2.5)
+    with pytest.raises(UserError, match="f:7: 'score' must be true, false or a finite number"):
+        canonical(scored | {"score": "high"}, "f:7", "label")
     assert canonical({"question": "q", "answer": "a"}, format=lambda r: Completion(r["question"], r["answer"])) == Completion("q", "a")
     for make, match in [
         (lambda r: r["nope"], "f:7: format= failed on this row: KeyError: 'nope'"),

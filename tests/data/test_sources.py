@@ -12,15 +12,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxalign.data import formats, sources
-from jaxalign.data.sources import eval_batches, pairs_source, prompts_source, rankings_source, tokens_source
+from jaxalign.data.sources import eval_batches, labelled_source, pairs_source, prompts_source, rankings_source, tokens_source
 from jaxalign.data.templates import CHATML, HUMAN_ASSISTANT
 from jaxalign.data.tokenizers import Bytes
-from jaxalign.types import Pairs, Prompts, Tokens, UserError
+from jaxalign.types import Labelled, Pairs, Prompts, Tokens, UserError
 
 TOK = Bytes()
 TEXTS = [{"text": f"{i:02d}" + "x" * (i % 5)} for i in range(17)]
 PAIRS = [{"prompt": f"{i:02d}?", "chosen": "yes" * (i % 3 + 1), "rejected": "no", "margin": i / 4} for i in range(7)]
 RANKS = [{"prompt": f"{i}?", "completions": ["a", "bb", "ccc", "d"][: 2 + i % 3], "ranks": [1, 0, 1, 2][: 2 + i % 3]} for i in range(6)]
+LABELS = [{"prompt": f"{i // 2}?", "completion": "ab"[i % 2] * (1 + i % 3), "label": i % 2 == 0} for i in range(9)]
 PROMPTS = [{"prompt": f"{i:02d}" + "?" * (i % 4), "answer": i} for i in range(11)]
 
 
@@ -36,11 +37,15 @@ def rankings(rows=RANKS, **kw):
     return rankings_source(rows, TOK, **{"max_len": 8, "batch_size": 4, "seed": 0, **kw})
 
 
+def labelled(rows=LABELS, **kw):
+    return labelled_source(rows, TOK, **{"max_len": 8, "batch_size": 4, "seed": 0, "mismatched": True, **kw})
+
+
 def prompts(rows=PROMPTS, **kw):
     return prompts_source(rows, TOK, **{"max_prompt_len": 8, "batch_size": 4, "seed": 0, **kw})
 
 
-MAKERS = {"tokens": tokens, "pairs": pairs, "rankings": rankings, "prompts": prompts}
+MAKERS = {"tokens": tokens, "pairs": pairs, "rankings": rankings, "labelled": labelled, "prompts": prompts}
 
 
 def rows_of(batch):
@@ -48,7 +53,7 @@ def rows_of(batch):
     leaves = []
     for x in batch:
         leaves += list(x) if isinstance(x, tuple) and hasattr(x, "_fields") else [x] if isinstance(x, np.ndarray) else []
-    segments = {Tokens: lambda b: b.segments, Pairs: lambda b: b.chosen.segments, Prompts: lambda b: b.segments}
+    segments = {Tokens: lambda b: b.segments, Pairs: lambda b: b.chosen.segments, Prompts: lambda b: b.segments, Labelled: lambda b: b.rows.segments}
     used = segments.get(type(batch), lambda b: b.candidates.segments[:, 0])(batch).any(-1)
     return [b"".join(x[i].tobytes() for x in leaves) for i in range(len(used)) if used[i]]
 
@@ -111,7 +116,7 @@ def test_evaluation_counts_every_item_once(kind):
 
 
 def shapes(batch):
-    return tuple(x.shape if isinstance(x, np.ndarray) else shapes(x) if hasattr(x, "_fields") else len(x) for x in batch)
+    return tuple(x.shape if isinstance(x, np.ndarray) else shapes(x) if hasattr(x, "_fields") else len(x or ()) for x in batch)
 
 
 @settings(max_examples=40, deadline=None)
@@ -334,3 +339,33 @@ def test_bad_options():
 def test_data_never_imports_jax():
     code = "import sys, jaxalign.data.sources, jaxalign.data.tokenizers; print([m for m in ('jax', 'flax') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_labels_and_their_mismatched_rows():
+    """What each row holds, read back: its own answer, and the answer at the same place of the next prompt behind its prompt."""
+    source = labelled(batch_size=9, shuffle=False)
+    b = source.next(None)
+    np.testing.assert_array_equal(b.label, [1, 0] * 4 + [1])
+    text = lambda t, i, m: TOK.decode([int(x) for x, on in zip(t.tokens[i], m[i]) if on and x < 256])
+    for i, record in enumerate(LABELS):
+        other = LABELS[i + 2 if i < 6 else (8 if i < 8 else 0)]  # 6 and 7 answer "3?"; "4?" has but one answer, and then comes "0?"
+        assert text(b.rows, i, b.rows.segments) == record["prompt"] + record["completion"]
+        assert text(b.mismatched, i, b.mismatched.segments) == record["prompt"] + other["completion"]
+        assert text(b.mismatched, i, b.mismatched.mask) == other["completion"]
+        n = int(b.mismatched.segments[i].sum())
+        np.testing.assert_array_equal(b.mismatched.positions[i][:n], np.arange(n))
+    assert labelled(mismatched=False).next(None).mismatched is None
+    one = labelled([dict(r, prompt="?") for r in LABELS], batch_size=9, shuffle=False).next(None)  # nothing to cross with
+    assert text(one.mismatched, 8, one.mismatched.mask) == LABELS[0]["completion"]
+
+
+def test_scores_chats_and_preferences_serve_as_labels():
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "r"}, {"role": "assistant", "content": "y"}], "score": -1.5}
+    b = labelled([chat, {"prompt": "p", "chosen": "c", "rejected": "d"}], template=CHATML, max_len=None, batch_size=3, shuffle=False, mismatched=False).next(None)
+    np.testing.assert_array_equal(b.label, [-1.5, 1, 0])
+    assert b.rows.mask[0].sum() == b.rows.mask[1].sum() > 1  # of the chat, the last turn alone
+    with pytest.raises(UserError, match="label needs 'label'"):
+        labelled([{"prompt": "p", "completion": "c"}])
+    with pytest.raises(UserError, match="KTO"):
+        tokens(LABELS)
+    assert prompts(LABELS).size == 9

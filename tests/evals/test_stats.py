@@ -76,33 +76,6 @@ def test_accuracy_counts_ties_as_wrong():
     assert stats.accuracy([1, 2, 3, 4], [0, 2, 9, 3]) == 0.5
 
 
-def test_calibration_against_a_loop():
-    rng = np.random.default_rng(2)
-    w, l = rng.normal(0.5, 2, 500), rng.normal(0, 2, 500)
-    w[:20] = l[:20]
-    sigma = [1 / (1 + math.exp(-(a - b))) for a, b in zip(w, l)]
-    bins = {}
-    for a, b, p in zip(w, l, sigma):
-        conf, right = max(p, 1 - p), 1.0 if a > b else 0.5 if a == b else 0.0
-        bins.setdefault(math.ceil(conf * 10), []).append((right, conf))
-    ece = sum(len(x) / 500 * abs(np.mean([r for r, _ in x]) - np.mean([c for _, c in x])) for x in bins.values())
-    got = stats.calibration(w, l)
-    assert got.ece == pytest.approx(ece)
-    # Brier and NLL are of the statement "chosen wins", which is always true
-    assert got.brier == pytest.approx(np.mean([(1 - p) ** 2 for p in sigma]))
-    assert got.nll == pytest.approx(np.mean([-math.log(p) for p in sigma]))
-
-
-def test_calibration_extremes():
-    # Right with margin log 3, i.e. confidence 3/4, in 3 of 4 pairs: calibrated. Brier 3/4 (1/4)^2 + 1/4 (3/4)^2 = 3/16.
-    d = math.log(3) * np.array([1, 1, 1, -1])
-    got = stats.calibration(d, 0 * d)
-    assert got.ece == pytest.approx(0, abs=1e-15) and got.brier == pytest.approx(3 / 16)
-    assert stats.calibration([1000.0], [0.0]) == (0, 0, 0)
-    assert stats.calibration([0.0], [1000.0]) == (1, 1, 1000)  # sure and wrong; nothing overflows
-    assert stats.calibration([2.0], [2.0]) == pytest.approx((0, 0.25, math.log(2)))
-
-
 def test_pearson():
     x = np.random.default_rng(0).normal(size=50)
     assert stats.pearson(x, 3 - 2 * x) == pytest.approx(-1)
@@ -192,3 +165,28 @@ def test_best_of_n_kl_by_integration():
 def test_what_was_not_measured_is_refused(call):
     with pytest.raises(ValueError):
         call()
+
+
+def test_sign_test_and_orders():
+    # 8 wins, 1 tie, 2 losses: 2 (C(10,0) + C(10,1) + C(10,2)) / 2^10 = 112 / 1024
+    a = np.array([1] * 8 + [0] + [-1] * 2)
+    assert stats.sign_test(a, 0 * a) == 112 / 1024 and stats.sign_test([1.0], [1.0]) == 1 and stats.sign_test([1, -1], [0, 0]) == 1
+    assert 0 < stats.sign_test(np.ones(1000), np.zeros(1000)) < 1e-300  # 2^-999: whole numbers do not underflow
+    got = stats.wins(a, 0 * a)
+    assert (got.wins, got.ties, got.losses) == (8, 1, 2) and got.win_rate == 8.5 / 11 and got.win_rate_without_ties == 0.8
+    first, second = [1, 1, 0, 0.5, 1], [1, 0, 0, 0.5, 0.5]
+    assert stats.both_orders(first, second).tolist() == [1, 0.5, 0, 0.5, 0.5] and stats.position_bias(first, second) == pytest.approx(2 / 5)
+
+
+def test_paired_difference_cancels_what_prompts_share():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 10, 200)
+    mean, (lo, hi) = stats.paired_difference(hard + 1 + 0.1 * rng.normal(size=200), hard)
+    assert mean == pytest.approx(1, abs=0.05) and 0.9 < lo < mean < hi < 1.1
+
+
+def test_spearman():
+    x = np.random.default_rng(0).normal(size=40)
+    assert stats.spearman(x, np.exp(x)) == pytest.approx(1) and stats.spearman(x, -(x**3)) == pytest.approx(-1)
+    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4
+    assert stats.spearman([0, 7, 7, 9], [1, 2, 3, 4]) == pytest.approx(stats.pearson([1, 2.5, 2.5, 4], [1, 2, 3, 4]))

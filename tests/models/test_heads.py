@@ -1,13 +1,9 @@
-"""Q and V heads of ILQL against a loop and trlX's own polyak step."""
-
-from pathlib import Path
+"""Q and V heads of ILQL against a loop."""
 
 import jax
 import numpy as np
 from jaxalign.models import heads
 from jaxalign.ops import nn
-
-VECTORS = Path(__file__).parents[1] / "vectors" / "ilql_trlx.npz"
 
 
 def test_q_and_v_heads_against_a_loop():
@@ -28,10 +24,8 @@ def test_q_and_v_heads_against_a_loop():
     assert len({np.asarray(p["up"]["w"]).tobytes() for p in params["q"].values()}) == 3  # twins that start alike stay alike
 
 
-def test_polyak_is_trlx_s():
-    z = np.load(VECTORS)
-    rates = [k for k in z.keys() if k.startswith("polyak_target_after__alpha")]
-    assert rates
-    for k in rates:
-        got = heads.polyak({"q": z["polyak_target_before"]}, {"q": z["polyak_q_before"]}, float(k.split("alpha")[1]))
-        np.testing.assert_allclose(got["q"], z[k], rtol=1e-6)
+def test_where_heads_begin():
+    """Reward heads at std 1 / sqrt(D + 1), critics at 0: the first advantages are then the rewards themselves (lm-human-preferences)."""
+    reward, critic = (nn.init(heads.specs(4095, zero), jax.random.key(0)) for zero in (False, True))
+    np.testing.assert_allclose(np.asarray(reward["weight"]).std(), 1 / 64, rtol=0.05)
+    assert not reward["bias"] and not np.asarray(critic["weight"]).any() and not critic["bias"]

@@ -1,4 +1,4 @@
-"""GRPO's losses, metrics and gradients as TRL 1.16 has them; averages against plain loops."""
+"""Policy gradients without a critic: losses, metrics and gradients as TRL 1.16 has them; averages against plain loops."""
 
 from pathlib import Path
 
@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jaxalign.objectives import grpo
+from jaxalign.objectives import answers, grpo
+from jaxalign.objectives.grpo import answer_gradient, constant, policy_gradient, sequence_mean, token_mean
+from jaxalign.ops.masked import top_share
 from jaxalign.types import GroupExperience, UserError
 
-V = np.load(Path(__file__).parents[1] / "vectors/grpo_loss.npz")
+VECTORS = Path(__file__).parents[1] / "vectors"
+V, RLOO = np.load(VECTORS / "grpo_loss.npz"), np.load(VECTORS / "rloo_loss.npz")
 PARAMS = {"policy": {"logps": V["logps"]}}
-MAX = int(V["max_completion_length"])
+MAX, TOKENS = int(V["max_completion_length"]), float(V["mask"].sum())
+M = tiny.Replay()
 
 
 def recorded(on_policy=False, **over):
@@ -22,24 +26,137 @@ def recorded(on_policy=False, **over):
     return GroupExperience(*tiny.replay_rows(V["mask"]), advantages, wide(V["old_logps"]), old, wide(V["ref_logps"]))._replace(**over)
 
 
-@pytest.mark.parametrize("on_policy", [False, True])
-@pytest.mark.parametrize("case, high, beta", [("eps0.2", None, 0.0), ("eps0.2_0.28__beta0.04", 0.28, 0.04)])
-@pytest.mark.parametrize(
-    "loss_type, make", [("grpo", grpo.grpo), ("dapo", grpo.token_grpo), ("bnpo", grpo.token_grpo), ("dr_grpo", lambda *a, **k: grpo.dr_grpo(*a, max_new=MAX, **k))]
-)
-def test_trl(loss_type, make, case, high, beta, on_policy):
-    name = f"{loss_type}__{case}" + ("__on_policy" if on_policy else "")
-    loss, m, grads = tiny.gradient(make(tiny.Replay(), clip=0.2, clip_high=high, beta=beta))(PARAMS, recorded(on_policy))
-    np.testing.assert_allclose(loss, V[f"loss__{name}"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(grads["policy"]["logps"], V[f"grad__{name}"], rtol=1e-4, atol=1e-6)
-    for ours, theirs in {"kl": "kl", **{f"clip_ratio/{k}_mean": f"clip_ratio_{k}_mean" for k in ("low", "high", "region")}}.items():
-        if (key := f"metric__{name}__{theirs}") in V.files:
-            np.testing.assert_allclose(m[ours], V[key], rtol=1e-5, atol=1e-7)
+def sparse(share=0.2):
+    """`top_entropy` of the experience: the advantages of all but the tokens of the highest entropy are 0."""
+    return lambda batch: batch._replace(advantages=batch.advantages * tiny.shifted(top_share(V["entropies"], V["mask"], share)))
+
+
+TYPES = {"grpo": grpo.grpo, "dapo": grpo.token_grpo, "bnpo": grpo.token_grpo, "dr_grpo": lambda m, **k: grpo.dr_grpo(m, max_new=MAX, **k)}
+same = lambda batch: batch  # noqa: E731
+# what TRL recorded -> (our objective, what is done to the batch, our loss times this is theirs)
+CASES = {f"{t}__{name}": (make(M, clip=0.2, clip_high=high, beta=beta), same, 1.0) for t, make in TYPES.items() for name, high, beta in [("eps0.2", None, 0.0), ("eps0.2_0.28__beta0.04", 0.28, 0.04)]}
+CASES |= {
+    "grpo__eps0.2__beta0.04": (grpo.grpo(M), same, 1.0),
+    "grpo__eps0.2__beta0.04__bias_corrected_kl": (grpo.grpo(M, kl="k3_corrected"), same, 1.0),
+    "dapo__eps0.2_0.28__delta1.5": (grpo.dapo(M, delta=1.5), same, 1.0),
+    "gspo_grpo__eps0.0003_0.0004": (answers.gspo(M), same, 1.0),
+    "gspo_grpo__eps0.2__beta0.04": (answers.gspo(M, clip=0.2, clip_high=None, beta=0.04), same, 1.0),
+    # TRL's other averages of a ratio of answers are reductions that no name stands for here:
+    "gspo_dapo__eps0.2": (answer_gradient(M, lambda *x: answers.gspo_loss(*x, 0.2, 0.2), token_mean), same, 1.0),
+    "luspo_sequence__eps0.2": (answer_gradient(M, lambda *x: answers.gspo_loss(*x, 0.2, 0.2), grpo.sequence_sum), same, 1.0),
+    "cispo__epshigh5.0": (grpo.cispo(M), same, 1.0),
+    "cispo__epshigh1.2": (grpo.cispo(M, cap=1.2), same, 1.0),
+    "dapo__eps0.2__top_entropy0.2": (grpo.token_grpo(M), sparse(), 1.0),
+    "grpo__eps0.2__off_policy_mask0.1": (grpo.grpo(M, beta=0.0, off_policy=0.1), same, 1.0),
+    "gmpo__eps0.4": (answers.gmpo(M), same, 1.0),
+    # The divisors of TRL's micro-batches and of num_items_in_batch; ours is the step's own count of tokens or answers.
+    "grpo__eps0.2__grad_accum4": (grpo.grpo(M, beta=0.0), same, 1 / 4),
+    "dapo__eps0.2__num_items100": (grpo.token_grpo(M), same, TOKENS / 100),
+}  # fmt: skip
+# Not ours: VESPO and SAPO (no such method here); an entropy bonus beside a policy gradient without a critic.
+LEFT_OUT = ("vespo", "sapo", "entropy_coef")
+RECORDED = [k.removeprefix("loss__") for k in V.files if k.startswith("loss__") and not any(x in k for x in LEFT_OUT)]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_trl(name):
+    objective, change, scale = CASES[name.removesuffix("__on_policy")]
+    batch = change(recorded(name.endswith("__on_policy")))
+    loss, m, grads = tiny.gradient(objective)(PARAMS, batch)
+    np.testing.assert_allclose(scale * loss, V[f"loss__{name}"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scale * grads["policy"]["logps"], V[f"grad__{name}"], rtol=1e-4, atol=1e-6)
+    metrics = {k.removeprefix(f"metric__{name}__"): V[k] for k in V.files if k.startswith(f"metric__{name}__") and k.count("__") == name.count("__") + 2}
+    if not name.startswith(("gspo_dapo", "luspo")) and "entropy" not in name:  # reductions without a name report nothing; TRL counts the clips of tokens whose advantage `sparse` made 0
+        for theirs, value in metrics.items():
+            np.testing.assert_allclose(m[theirs.replace("clip_ratio_", "clip_ratio/") if theirs.startswith("clip") else theirs], value, rtol=1e-5, atol=1e-7, err_msg=theirs)
     gap = np.abs(V["logps"] - V["old_logps"])[V["mask"] > 0].mean()
     np.testing.assert_allclose(m["sampling/sampling_logp_difference/mean"], gap, rtol=1e-4)
-    assert ("kl" in m) == (beta > 0)
-    if on_policy:
+    assert ("kl" in m) == ("beta" in name)
+    if batch.logp is None and "clip_ratio/region_mean" in m:
         assert m["clip_ratio/region_mean"] == 0
+
+
+def test_every_recording_is_used():
+    assert {n.removesuffix("__on_policy") for n in RECORDED} == set(CASES)
+    used = {k for k in V.files if k.split("__")[0] in ("loss", "grad", "metric") and any(x in k for x in LEFT_OUT)}
+    assert {k.split("__")[0] for k in V.files} == {"logps", "old_logps", "ref_logps", "mask", "entropies", "advantages", "max_completion_length", "loss", "grad", "metric", "high_entropy_mask", "off_policy_keep_mask"} and used
+
+
+def test_masks_of_trl():
+    np.testing.assert_array_equal(top_share(V["entropies"], V["mask"], 0.2) > 0, V["high_entropy_mask__threshold0.8"])
+    rows, _ = grpo.read(M, PARAMS, recorded(), 0.0)
+    keep = np.asarray(grpo.in_policy(jnp.asarray(tiny.shifted(V["logps"])), rows.advantages, rows, 0.1))
+    want = np.broadcast_to(V["off_policy_keep_mask__threshold0.1"], V["mask"].shape)
+    np.testing.assert_array_equal(keep[:, 1:][V["mask"] > 0], want[V["mask"] > 0])
+    drops = np.asarray(grpo.in_policy(jnp.asarray(tiny.shifted(V["logps"])), rows.advantages, rows, -1e9))[:, 1:]
+    np.testing.assert_array_equal((drops == 0).any(1), V["advantages"] < 0)  # a mask that the recorded one does not show: it drops
+
+
+def rloo_batch(old):
+    """The recorded log-prob of an answer, laid on its first token."""
+    wide = lambda x: tiny.shifted(x * RLOO["mask"])
+    first = RLOO["mask"] * (np.cumsum(RLOO["mask"], 1) == 1)
+    logp = wide(first * RLOO["old_logps_sequence"][:, None]) if old else None
+    return GroupExperience(*tiny.replay_rows(RLOO["mask"]), wide(np.broadcast_to(RLOO["advantages"][:, None], RLOO["mask"].shape)), 0 * wide(RLOO["mask"]), logp)
+
+
+def test_rloo():
+    """Rollouts that are used again: TRL's clipped ratio of answers. Used once: the gradient of -A log p(answer), mean over answers."""
+    params = {"policy": {"logps": RLOO["logps"]}}
+    loss, m, grads = tiny.gradient(answers.rloo(M))(params, rloo_batch(True))
+    np.testing.assert_allclose(loss, RLOO["loss__eps0_2"], rtol=1e-5)
+    np.testing.assert_allclose(grads["policy"]["logps"], RLOO["grad__eps0_2"], rtol=1e-4, atol=1e-6)
+    rho = np.exp((RLOO["logps"] * RLOO["mask"]).sum(1) - RLOO["old_logps_sequence"])
+    np.testing.assert_allclose(m["clip_ratio/high_mean"], ((rho > 1.2) & (RLOO["advantages"] > 0)).mean(), rtol=1e-6)
+    loss, _, grads = tiny.gradient(answers.rloo(M))(params, rloo_batch(False))
+    np.testing.assert_allclose(loss, -(RLOO["advantages"] * (RLOO["logps"] * RLOO["mask"]).sum(1)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(grads["policy"]["logps"], -RLOO["advantages"][:, None] * RLOO["mask"] / 6, rtol=1e-4, atol=1e-7)
+
+
+def test_gspo_by_token_has_the_value_and_the_gradient_of_gspo():
+    a, b = (tiny.gradient(make(M, clip=0.1, clip_high=0.1, beta=0.04))(PARAMS, recorded()) for make in (answers.gspo, answers.gspo_token))
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    assert tiny.far(b[2], a[2]) < 1e-5
+    # With an advantage of its own for each token it is sum_t s A_t / |y|, every token moved by its own A_t only.
+    own = np.random.default_rng(0).standard_normal(V["mask"].shape).astype(np.float32)
+    loss, _, grads = tiny.gradient(answers.gspo_token(M, clip=0.9, clip_high=9.0))(PARAMS, recorded(advantages=tiny.shifted(own * V["mask"])))
+    n = V["mask"].sum(1, keepdims=True)
+    s = np.exp(((V["logps"] - V["old_logps"]) * V["mask"]).sum(1, keepdims=True) / n)
+    want = -V["mask"] * s * own / n / len(own)
+    np.testing.assert_allclose(loss, want.sum(), rtol=1e-4)
+    np.testing.assert_allclose(grads["policy"]["logps"], want, rtol=1e-4, atol=1e-6)
+
+
+def test_remax_and_reinforce_pp():
+    """ReMax: -A log p, no ratio, summed over answers. REINFORCE++: the clipped token ratio with a mean over tokens, KL being in the advantages."""
+    A = np.broadcast_to(V["advantages"][:, None], V["mask"].shape) * V["mask"]
+    loss, m, grads = tiny.gradient(grpo.remax(M))(PARAMS, recorded())
+    np.testing.assert_allclose(loss, -(A * V["logps"]).sum() / 6, rtol=1e-5)
+    np.testing.assert_allclose(grads["policy"]["logps"], -A / 6, rtol=1e-4, atol=1e-7)
+    assert "clip_ratio/region_mean" not in m
+    np.testing.assert_allclose(tiny.gradient(grpo.reinforce_pp(M))(PARAMS, recorded())[0], V["loss__dapo__eps0.2"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "abs"])
+def test_other_penalties(kl):
+    """With advantages 0 the loss is beta times the estimate, and its gradient the estimate's own: 1, d, sign(d)."""
+    d = (V["logps"] - V["ref_logps"]) * V["mask"]
+    value, slope = {"k1": (d, 1.0), "k2": (d**2 / 2, d), "abs": (abs(d), np.sign(d))}[kl]
+    loss, m, grads = tiny.gradient(grpo.token_grpo(M, beta=0.5, kl=kl))(PARAMS, recorded(advantages=0 * recorded().advantages))
+    np.testing.assert_allclose(loss, 0.5 * value.sum() / TOKENS, rtol=1e-4)
+    np.testing.assert_allclose(m["kl"], value.sum() / TOKENS, rtol=1e-4)
+    np.testing.assert_allclose(grads["policy"]["logps"], 0.5 * V["mask"] * slope / TOKENS, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_refused():
+    with pytest.raises(UserError, match="objective.kl 'k4'"):
+        grpo.grpo(M, kl="k4")
+    with pytest.raises(UserError, match="objective.delta 1.1"):
+        grpo.dapo(M, delta=1.1)
+    with pytest.raises(UserError, match="no reference"):
+        tiny.gradient(grpo.grpo(M, beta=0.1))(PARAMS, recorded(ref_logp=None))
+    a, b = (tiny.gradient(grpo.grpo(M, beta=0.0))(PARAMS, recorded(ref_logp=r))[0] for r in (None, recorded().ref_logp))
+    assert a == b
 
 
 def test_averages_of_packed_rows():
@@ -50,17 +167,28 @@ def test_averages_of_packed_rows():
     for b, s in [(0, 1), (0, 2), (2, 3)]:
         here = (segments[b] == s) & (mask[b] > 0)
         want[b, here] = 1 / here.sum()
-    w, n = jax.jit(grpo.sequence_mean)(mask, segments)
+    w, n = jax.jit(sequence_mean)(mask, segments)
     np.testing.assert_allclose(w, want, rtol=1e-6)
     np.testing.assert_allclose(n, 3, rtol=1e-6)
-    np.testing.assert_allclose(grpo.token_mean(mask, segments)[1], 7)
-    w, n = grpo.constant(10)(jnp.asarray(mask), segments)
+    np.testing.assert_allclose(token_mean(mask, segments)[1], 7)
+    w, n = constant(10)(jnp.asarray(mask), segments)
     np.testing.assert_allclose(n, 30, rtol=1e-6)
     np.testing.assert_array_equal(w, mask)
+    rows = grpo.Rows(mask, segments, None, None, None, None)
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    np.testing.assert_allclose(answers.answer_mean(x, rows)[0, [1, 5]], [1.5, 5.0])
 
 
-def test_a_penalty_needs_a_reference():
-    with pytest.raises(UserError, match="no reference"):
-        tiny.gradient(grpo.grpo(tiny.Replay(), beta=0.1))(PARAMS, recorded(ref_logp=None))
-    a, b = (tiny.gradient(grpo.grpo(tiny.Replay(), beta=0.0))(PARAMS, recorded(ref_logp=r))[0] for r in (None, recorded().ref_logp))
-    assert a == b
+@pytest.mark.parametrize("make", [answers.gspo, answers.gmpo, answers.rloo, lambda m: grpo.grpo(m, off_policy=0.01)], ids=["gspo", "gmpo", "rloo", "off_policy"])
+def test_a_real_model_and_any_split(make):
+    """Gradients through `logprob` and not `token_loss`: whole, or in four pieces."""
+    params, batch = {"policy": tiny.init(tiny.LLAMA)}, tiny.grouped(np.random.default_rng(0), 8, 10)
+    (a, _, ga), (b, _, gb) = (tiny.gradient(make(tiny.LLAMA), n)(params, batch) for n in (1, 4))
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert tiny.far(gb, ga) < 1e-3 and any(np.any(g) for g in jax.tree.leaves(ga))
+
+
+def test_policy_gradient_is_the_shape_of_them_all():
+    a = tiny.gradient(policy_gradient(M, grpo.reinforce_loss, token_mean))(PARAMS, recorded())[0]
+    b = tiny.gradient(answer_gradient(M, lambda logp, old, advantages, rows: grpo.reinforce_loss(logp, old, advantages), token_mean))(PARAMS, recorded())[0]
+    np.testing.assert_allclose(a, b, rtol=1e-6)

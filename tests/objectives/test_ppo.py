@@ -1,13 +1,15 @@
 """PPO's losses, statistics and gradients as TRL 0.11.4 has them, and the first minibatch."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from jaxalign.objectives import lm, ppo
+from jaxalign.objectives import a2c, lm, ppo
 from jaxalign.ops.logprob import logprob
+from jaxalign.ops.masked import masked_var
 from jaxalign.ops.nn import Unembed
 from jaxalign.types import Experience
 
@@ -37,6 +39,22 @@ def test_trl(clip, value_clip, coef):
     close(m["val/clipfrac_avg"], f"stat__{name}__val_clipfrac")
     close(m["loss/policy_avg"], f"loss_policy__{name}")
     np.testing.assert_allclose(coef * m["loss/value_avg"], PPO[f"loss_value_times_vf_coef__{name}"], rtol=1e-5)
+    for ours, theirs in {"policy/policykl_avg": "policy_policykl", "val/error": "val_error", "val/mean": "val_mean", "returns/mean": "returns_mean"}.items():
+        close(m[ours], f"stat__{name}__{theirs}")
+    mask = PPO["mask"]
+    close(masked_var(PPO["values"], mask), f"stat__{name}__val_var")
+    close(masked_var(PPO["returns__gamma1_lam0.95"], mask), f"stat__{name}__returns_var")
+
+
+def test_every_recording_is_used():
+    """Here, in tests/rl/test_experience.py and in tests/ops/test_masked_advantage.py. The statistics of a skipped minibatch are those of
+    the others, recorded a second time."""
+    known = ("logps", "old_logps", "ref_logps", "mask", "scores", "values", "vpreds", "logits", "rewards", "kl_tokens", "full_policy_logps", "full_ref_logps", "advantages_whitened", "advantages_raw",
+             "returns", "loss_policy", "loss_value_times_vf_coef", "grad_logps", "grad_vpreds", "stat", "adaptive_kl")  # fmt: skip
+    assert {k.split("__")[0] for k in PPO.files} == set(known)
+    for k in PPO.files:
+        if k.startswith("stat__ratio_threshold_skip"):
+            np.testing.assert_array_equal(PPO[k], PPO[k.replace("ratio_threshold_skip", "clip0.2_vclip0.2_vf0.1")])
 
 
 def test_trl_entropy():
@@ -88,3 +106,43 @@ def test_mixing_in_pretraining():
     for k in want:
         np.testing.assert_allclose(mean[k], want[k], rtol=1e-5, err_msg=k)
     assert out.terms["ptx"].weight == n == batch["ptx"].mask.sum() != out.terms["policy"].weight == batch["ppo"].mask.sum()
+
+
+def test_whitening_of_a_minibatch():
+    """lm-human-preferences: (A - mean) / sqrt(population variance + 1e-8) over the minibatch, whatever its micro-batches; the loss is
+    then that of those advantages."""
+    batch = tiny.experience(np.random.default_rng(0), 8, 10)
+    a, ok = batch.advantages, batch.mask > 0
+    white = np.where(ok, (a - a[ok].mean()) / np.sqrt(a[ok].var() + 1e-8), 0).astype(np.float32)
+    params = tiny.init(tiny.LLAMA, value=True)
+    make = lambda **k: ppo.ppo(tiny.LLAMA, **k)
+    want, _, wanted = tiny.gradient(make())(params, batch._replace(advantages=white))
+    got, _, grads = tiny.gradient(make(whiten_minibatch=True), 4)(params, batch._replace(advantages=np.where(ok, a, np.inf).astype(np.float32)))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    assert tiny.far(grads, wanted) < 1e-3
+
+
+def test_early_stop():
+    """aux keeps the mean log(old / new) of the last update; 1.5 target_kl is the limit (TRL)."""
+    objective = ppo.ppo(tiny.Replay(), target_kl=0.02)
+    assert objective.init_aux(None)["policykl"] == 0
+    aux = objective.update_aux(objective.init_aux(None), None, {"policy/policykl_avg": np.float32(0.031)}, 0)
+    for value, over in ((0.031, True), (0.029, False), (-1.0, False)):
+        assert ppo.went_too_far(0.02, SimpleNamespace(aux={"policykl": value})) == over
+    assert ppo.went_too_far(0.02, SimpleNamespace(aux=aux))
+    assert ppo.ppo(tiny.Replay()).init_aux is None
+
+
+def test_a2c():
+    """-A log p and (V - R)^2 without clips or halves, token means, by numpy; entropy through the model."""
+    batch, m = recorded(), PPO["mask"]
+    loss, said, grads = tiny.gradient(a2c.a2c(tiny.Replay()))(PARAMS, batch)
+    a, r = PPO["advantages_whitened__gamma1_lam0.95"], PPO["returns__gamma1_lam0.95"]
+    pg, vf = -(m * a * PPO["logps"]).sum() / m.sum(), (m * (PPO["vpreds"] - r) ** 2).sum() / m.sum()
+    np.testing.assert_allclose([said["loss/policy_avg"], said["loss/value_avg"]], [pg, vf], rtol=1e-5)
+    np.testing.assert_allclose(loss, pg + 0.5 * vf, rtol=1e-5)
+    np.testing.assert_allclose(grads["policy"]["logps"], -m * a / m.sum(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(grads["policy"]["values"], m * (PPO["vpreds"] - r) / m.sum(), rtol=1e-4, atol=1e-7)
+    batch, params = tiny.experience(np.random.default_rng(0), 4, 8), tiny.init(tiny.LLAMA, value=True)
+    with_bonus, said, _ = tiny.gradient(a2c.a2c(tiny.LLAMA, entropy_coef=0.3))(params, batch)
+    np.testing.assert_allclose(with_bonus, said["loss/policy_avg"] + 0.5 * said["loss/value_avg"] - 0.3 * said["policy/entropy_avg"], rtol=1e-5)

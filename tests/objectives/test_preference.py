@@ -1,62 +1,134 @@
 """DPO and its relatives: TRL's values, per-pair values, gradients and metrics, through the whole objective."""
 
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from jaxalign.objectives import preference
+from jaxalign import config
+from jaxalign.objectives import dpo_variants, kto, preference, ranked
+from jaxalign.ops.logprob import LogProbs
 from jaxalign.rl.reference import add_reference
 from jaxalign.types import Pairs
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 DPO, SMOOTH = np.load(VECTORS / "dpo.npz"), np.load(VECTORS / "dpo_label_smoothing.npz")
-EQUATIONS = {"sigmoid": preference.sigmoid_loss, "hinge": preference.hinge_loss, "ipo": preference.ipo_loss}
+CASES = [k.removeprefix("loss__") for k in DPO.files if k.startswith("loss__")]
+REPLAY = tiny.Replay()
+DIVERGENCES = {"forward_kl": preference.forward_kl, "js_divergence": preference.js_divergence}
 
 
-def trl_pairs():
+def objective_of(case, beta):
+    """The objective that a key of the vectors speaks of; a key that is not understood fails."""
+    if case == "sft":
+        return preference.of_pairs(REPLAY, lambda c, aux: {"sft": preference.token_nll(c)}, beta=0.1)
+    name, _, *rest = case.split("__")
+    rest = "".join(rest)
+    if name == "mpo_sigmoid0.8_bco_pair0.2_sft1.0":
+        return dpo_variants.mpo(REPLAY, beta=beta, shift="none")
+    if rest.startswith("fdiv_alpha_divergence_coef"):  # TRL 1.16's coefficient is 1 - alpha, and 1 its limit
+        alpha = 1 - float(rest.removeprefix("fdiv_alpha_divergence_coef"))
+        return preference.f_dpo(REPLAY, beta=beta, divergence="alpha" if alpha else "reverse_kl", **({"alpha": alpha} if alpha else {}))
+    if rest.startswith("fdiv_"):
+        equation = {"sigmoid": preference.sigmoid_loss, "ipo": preference.ipo_loss, "hinge": preference.hinge_loss}[name]
+        return preference.preference(REPLAY, preference.under(DIVERGENCES[rest.removeprefix("fdiv_")], equation), beta=beta)
+    if rest == "wpo":
+        return dpo_variants.wpo(REPLAY, beta=beta)
+    if rest.startswith("ld_alpha"):
+        return dpo_variants.ld_dpo(REPLAY, beta=beta, alpha=float(rest.removeprefix("ld_alpha")))
+    make = {
+        "sigmoid": preference.dpo, "hinge": preference.hinge, "ipo": preference.ipo, "nca_pair": preference.nca, "sppo_hard": preference.sppo, "apo_zero": preference.apo_zero,
+        "apo_down": preference.apo_down, "discopop": preference.discopop, "sigmoid_norm": preference.dpo_norm, "exo_pair": preference.exo, "robust": preference.robust,
+        "aot": dpo_variants.aot, "aot_unpaired": dpo_variants.aot_unpaired,
+        "bco_pair": lambda *a, **k: dpo_variants.bco_pair(*a, shift="none", **k),
+    }[name]  # fmt: skip
+    return make(REPLAY, beta=beta, **({"smoothing": float(rest.removeprefix("ls"))} if rest else {}))
+
+
+def trl_pairs(alpha=1.0):
+    """alpha: what the longer answer has beyond the shorter counts so much in the reference."""
     n, mask = int(DPO["num_pairs"]), DPO["completion_mask"]
-    ref = (DPO["ref_logps"] * mask).sum(1)
+    length = mask.sum(1)
+    least = np.tile(np.minimum(length[:n], length[n:]), 2)[:, None]
+    ref = (DPO["ref_logps"] * mask * np.where(mask.cumsum(1) <= least, 1, alpha)).sum(1).astype(np.float32)
     return Pairs(tiny.replay_rows(mask[:n]), tiny.replay_rows(mask[n:], first=n), ref[:n], ref[n:], np.zeros(n, np.float32))
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize("kind", EQUATIONS)
-def test_trl(kind, beta):
-    """policy_logps [2n,T] -> loss and d loss / d policy_logps, by `preference` with a network that replays them."""
-    objective = preference.preference(tiny.Replay(), EQUATIONS[kind], beta=beta)
-    loss, metrics, grads = tiny.gradient(objective)({"logps": DPO["policy_logps"]}, trl_pairs())
-    np.testing.assert_allclose(loss, DPO[f"loss__{kind}__beta{beta}"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(grads["logps"], DPO[f"grad__{kind}__beta{beta}"], rtol=1e-4, atol=1e-6)
-    if beta == 0.1:
-        for ours, theirs in {"rewards/chosen": "rewards_chosen", "rewards/rejected": "rewards_rejected", "rewards/accuracies": "rewards_accuracies", "rewards/margins": "rewards_margins"}.items():
-            np.testing.assert_allclose(metrics[ours], DPO[f"metric__beta0.1__{theirs}"], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(metrics["logps/chosen"], DPO["metric__beta0.1__logps_chosen"], rtol=1e-5)
-        np.testing.assert_allclose(metrics["logps/rejected"], DPO["metric__beta0.1__logps_rejected"], rtol=1e-5)
+def slope(case, beta, params, batch):
+    """((loss, metrics), gradient) of a case, op by op: what is compiled for one serves the others."""
+
+    def loss(params):
+        out = objective_of(case, beta).loss(params, {}, (), batch, None, {})
+        return sum(t.scale * t.total / t.weight for t in out.terms.values()), out.metrics
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("kind", EQUATIONS)
-def test_trl_per_pair(kind):
-    n, m = int(DPO["num_pairs"]), DPO["completion_mask"]
-    d, length = ((DPO["policy_logps"] - DPO["ref_logps"]) * m).sum(1), m.sum(1)
-    for beta in (0.1, 0.5):
-        got = jax.jit(EQUATIONS[kind])(d[:n], d[n:], length[:n], length[n:], beta)
-        np.testing.assert_allclose(got, DPO[f"per_pair__{kind}__beta{beta}"], rtol=1e-5, atol=1e-5)
+def read_off(x, u, tokens, mask):
+    """`logprob` of `tiny.Replay`, which has the log-probs in its hidden states."""
+    return LogProbs(mask * x[..., 1], 0 * mask, 0 * mask)
 
 
-def test_trl_label_smoothing_and_ipo_on_sums():
-    a = SMOOTH["policy_chosen"] - SMOOTH["ref_chosen"]
-    b = SMOOTH["policy_rejected"] - SMOOTH["ref_rejected"]
-    run = jax.jit(lambda a, b: (
-        preference.sigmoid_loss(a, b, 1, 1, 0.1), preference.sigmoid_loss(a, b, 1, 1, 0.1, 0.1), preference.sigmoid_loss(a, b, 1, 1, 0.3, 0.25),
-        preference.hinge_loss(a, b, 1, 1, 0.1), preference.ipo_sum_loss(a, b, 5, 9, 0.1),
-    ))  # fmt: skip
-    keys = ["sigmoid__beta0.1__ls0.0", "sigmoid__beta0.1__ls0.1", "sigmoid__beta0.3__ls0.25", "hinge__beta0.1__ls0.0", "ipo__beta0.1__ls0.0"]
-    for got, key in zip(run(a, b), keys):
-        np.testing.assert_allclose(got, SMOOTH[f"per_pair__{key}"], rtol=1e-5, atol=1e-6)
-    free = run(SMOOTH["policy_chosen"], SMOOTH["policy_rejected"])[0]  # reference-free: the reference is 0
-    np.testing.assert_allclose(free, SMOOTH["per_pair__sigmoid__beta0.1__ls0.0__reference_free"], rtol=1e-5)
+@pytest.mark.parametrize("case", CASES)
+def test_trl(case, monkeypatch):
+    """policy_logps [2n,T] -> loss, its gradient, and the loss of each pair alone, by the whole objective with a network that replays them."""
+    monkeypatch.setattr(dpo_variants, "log_sum_squares", lambda x, u, mask: mask * tiny.shifted(DPO["log_sum_sq_probs"]))
+    if case != "sigmoid__beta0.1":  # this one goes through the true one
+        monkeypatch.setattr(preference, "logprob", read_off)
+    monkeypatch.setattr(dpo_variants, "logprob", read_off)
+    run, params = functools.partial(slope, case, 0.5 if "beta0.5" in case else 0.1), {"logps": DPO["policy_logps"]}
+    batch = trl_pairs(0.5 if "ld_alpha0.5" in case else 1.0)
+    (loss, metrics), grads = run(params, batch)
+    np.testing.assert_allclose(loss, DPO[f"loss__{case}"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grads["logps"], DPO[f"grad__{case}"], rtol=1e-4, atol=1e-6)
+    if f"per_pair__{case}" in DPO.files:
+        for i, want in enumerate(DPO[f"per_pair__{case}"]):
+            only = (np.arange(len(batch.ref_chosen)) == i)[:, None]
+            alone = batch._replace(chosen=batch.chosen._replace(mask=batch.chosen.mask * only), rejected=batch.rejected._replace(mask=batch.rejected.mask * only))
+            np.testing.assert_allclose(run(params, alone)[0][0], want, rtol=1e-5, atol=1e-5)
+    if case == "sigmoid__beta0.1":
+        for k in [k for k in DPO.files if k.startswith("metric__") and k != "metric__beta0.1__entropy"]:  # entropy: that of another vocabulary
+            total, weight = metrics[k.removeprefix("metric__beta0.1__").replace("_", "/", 1)]
+            np.testing.assert_allclose(total / weight, DPO[k], rtol=1e-4, atol=1e-6)
+
+
+def test_trl_0_11():
+    """Sequence-level inputs: label smoothing, IPO on sums, BCO with its running mean after one batch, AOT, divergences; every key."""
+    w, l = SMOOTH["policy_chosen"], SMOOTH["policy_rejected"]
+    x = w - SMOOTH["ref_chosen"], l - SMOOTH["ref_rejected"], 5.0, 9.0
+    shift = 0.1 * (x[0].mean() + x[1].mean()) / 2
+    p, one = preference, np.ones(len(w), np.float32)
+
+    def aot(a, b):
+        return p.sigmoid_loss(dpo_variants.quantile_gap(a, b, one)[0], 0.0, 1, 1, 0.1, 0.1)
+
+    ours = {
+        "sigmoid__beta0.1__ls0.0": lambda: p.sigmoid_loss(*x, 0.1),
+        "sigmoid__beta0.1__ls0.1": lambda: p.sigmoid_loss(*x, 0.1, 0.1),
+        "sigmoid__beta0.3__ls0.25": lambda: p.sigmoid_loss(*x, 0.3, 0.25),
+        "sigmoid__beta0.1__ls0.0__reference_free": lambda: p.sigmoid_loss(w, l, 1, 1, 0.1),
+        "sigmoid__beta0.1__ls0.0__js_divergence": lambda: p.under(p.js_divergence)(*x, 0.1),
+        "sigmoid__beta0.1__ls0.0__alpha_divergence": lambda: p.under(lambda a: p.alpha_divergence(a, 0.5))(*x, 0.1),
+        "robust__beta0.1__ls0.1": lambda: p.robust_loss(*x, 0.1, 0.1),
+        "hinge__beta0.1__ls0.0": lambda: p.hinge_loss(*x, 0.1),
+        "ipo__beta0.1__ls0.0": lambda: p.ipo_sum_loss(*x, 0.1),
+        "exo_pair__beta0.1__ls0.001": lambda: p.exo_loss(*x, 0.1, 0.001),
+        "apo_zero__beta0.1__ls0.0": lambda: p.apo_zero_loss(*x, 0.1),
+        "apo_down__beta0.1__ls0.0": lambda: p.apo_down_loss(*x, 0.1),
+        "nca_pair__beta0.1__ls0.0": lambda: p.nca_loss(*x, 0.1),
+        "sppo_hard__beta0.1__ls0.0": lambda: p.sppo_loss(*x, 0.1),
+        "aot__beta0.1__ls0.1": lambda: aot(w - l, SMOOTH["ref_chosen"] - SMOOTH["ref_rejected"]),
+        "aot_pair__beta0.1__ls0.1": lambda: aot(x[0], x[1]),  # TRL 1.16 calls it aot_unpaired
+        "bco_pair__beta0.1__ls0.0": lambda: p.bco_loss(*x, 0.1, shift),
+    }
+    keys = [k for k in SMOOTH.files if k.startswith("per_pair__")]
+    assert sorted(keys) == sorted(f"per_pair__{k}" for k in ours)
+    for k, got in jax.jit(lambda: {k: f() for k, f in ours.items()})().items():
+        np.testing.assert_allclose(got, SMOOTH[f"per_pair__{k}"], rtol=2e-5, atol=1e-6, err_msg=k)
+    np.testing.assert_allclose(0.1 * x[0], SMOOTH["chosen_rewards__beta0.1"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(0.1 * x[1], SMOOTH["rejected_rewards__beta0.1"], rtol=1e-5, atol=1e-6)
 
 
 def test_far_apart_pairs_are_finite():
@@ -65,23 +137,39 @@ def test_far_apart_pairs_are_finite():
     assert value == 1000 and slope == -1
 
 
+L2 = np.log(2)
+# policy = reference, beta 0.2: a = b = 0. What is left of each equation then, on paper.
+STARTS = {
+    "dpo": (preference.dpo, L2), "cdpo": (preference.cdpo, L2), "robust": (preference.robust, L2), "ipo": (preference.ipo, 1 / (4 * 0.2**2)), "ipo_sum": (preference.ipo_sum, 1 / (4 * 0.2**2)),
+    "hinge": (preference.hinge, 1), "dpo_norm": (preference.dpo_norm, L2), "nca": (preference.nca, 2 * L2), "sppo": (preference.sppo, 2 * 2.5**2), "apo_zero": (preference.apo_zero, 1),
+    "apo_down": (preference.apo_down, 1), "discopop": (preference.discopop, 0.5 * L2 + 0.5), "f_dpo": (preference.f_dpo, L2), "exo": (preference.exo, -L2 - 0.5 * np.log(0.001 * 0.999)),
+    "aot": (dpo_variants.aot, L2), "aot_unpaired": (dpo_variants.aot_unpaired, L2), "bco_pair": (dpo_variants.bco_pair, 2 * L2), "tr_dpo": (dpo_variants.tr_dpo, L2), "ld_dpo": (dpo_variants.ld_dpo, L2),
+    "kto": (kto.kto, 0.5), "bco": (kto.bco, L2), "apo_zero_unpaired": (kto.apo_zero_unpaired, 0.5), "pl_dpo": (ranked.pl_dpo, np.log(6)),
+}  # fmt: skip
+
+
 def test_every_loss_starts_where_the_paper_says():
-    """policy = reference: h = 0, so -log sigma(0) = ln 2 for DPO and cDPO, 1 for the hinge, 1/(4 beta^2) for IPO."""
-    batch = tiny.pairs(np.random.default_rng(1), 4, 8)
-    params = tiny.init(tiny.LLAMA)
-    batch = add_reference(tiny.LLAMA, params, batch)
-    assert (np.asarray(batch.ref_chosen) < 0).all() and not np.array_equal(batch.ref_chosen, batch.ref_rejected)
-    kinds = {"dpo": (preference.dpo, np.log(2)), "cdpo": (preference.cdpo, np.log(2)), "ipo": (preference.ipo, 1 / (4 * 0.2**2)), "hinge": (preference.hinge, 1.0)}
+    r, params = np.random.default_rng(1), tiny.init(tiny.LLAMA)
+    three = tiny.rankings(r, 4, 8, K=3)._replace(rank=np.tile(np.array([2, 0, 1], np.int32), (4, 1)), valid=np.ones((4, 3), np.float32))  # -log 1/3 - log 1/2
+    batches = {"pairs": tiny.pairs(r, 4, 8), "labelled": tiny.labelled(r, 4, 8), "rankings": three}
 
     @jax.jit
-    def losses(params, batch):
-        terms = {k: make(tiny.LLAMA, beta=0.2).loss(params, {}, (), batch, None, {}).terms["preference"] for k, (make, _) in kinds.items()}
-        return {k: t.total / t.weight for k, t in terms.items()}
+    def losses(params, batches):
+        out = {}
+        for k, (make, _) in STARTS.items():
+            objective = make(tiny.LLAMA, beta=0.2)
+            batch = batches[config.OBJECTIVES[k].kind]
+            batch = add_reference(tiny.LLAMA, tiny.init(tiny.LLAMA), batch, objective.reference or preference.pair_logps)
+            aux = objective.init_aux(tiny.init(tiny.LLAMA)) if objective.init_aux else ()
+            stats = {n: t / w for n, (t, w) in objective.stats(params, {}, aux, batch).items()} if objective.stats else {}
+            terms = objective.loss(params, {}, aux, batch, None, stats).terms
+            out[k] = sum(t.scale * t.total / t.weight for t in terms.values())
+        return out
 
-    for k, got in losses(params, batch).items():
-        np.testing.assert_allclose(got, kinds[k][1], rtol=1e-6)
+    for k, got in losses(params, batches).items():
+        np.testing.assert_allclose(got, STARTS[k][1], rtol=1e-5, err_msg=k)
     # and another policy starts elsewhere
-    assert all(abs(got - kinds[k][1]) > 1e-3 for k, got in losses(tiny.loud(tiny.init(tiny.LLAMA, seed=5)), batch).items())
+    assert all(abs(got - STARTS[k][1]) > 1e-4 for k, got in losses(tiny.loud(tiny.init(tiny.LLAMA, seed=5)), batches).items())
 
 
 def test_a_pair_already_won_pulls_less():

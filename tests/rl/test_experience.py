@@ -276,6 +276,36 @@ def test_an_ensemble_combines_what_its_members_say():
     scorers = [rewards.learned(tiny.SCALAR, p) for p in members]
     each = np.stack([s(rollout, None) for s in scorers])
     assert each.std(0).min() > 0
-    for how, want in {"mean": each.mean(0), "min": each.min(0), "mean_less_variance": each.mean(0) - 0.7 * each.var(0)}.items():
+    wants = {"mean": each.mean(0), "min": each.min(0), "median": np.median(each, 0), "mean_less_variance": each.mean(0) - 0.7 * each.var(0), "mean_less_std": each.mean(0) - 0.7 * each.std(0), "apart": each.T}
+    assert wants.keys() == rewards.COMBINE.keys()
+    for how, want in wants.items():
         np.testing.assert_allclose(rewards.ensemble(scorers, how, 0.7)(rollout, None), want, rtol=1e-5)
     assert rewards.ensemble(scorers[:1], "min") is scorers[0]
+
+
+def test_averaged_weights_score_as_the_mean_where_a_model_is_linear_in_what_differs():
+    """WARM: members that differ in their heads alone have the mean of their scores; trunks are averaged too."""
+    a, b = tiny.init(tiny.SCALAR, 0), tiny.init(tiny.SCALAR, 1)
+    rollout = tiny.rows(np.random.default_rng(0), 4, 8)
+    score = lambda p: np.asarray(rewards.learned(tiny.SCALAR, p)(rollout, None))
+    other = {"trunk": a["trunk"], "head": b["head"]}
+    np.testing.assert_allclose(score(rewards.averaged([a, other])), (score(a) + score(other)) / 2, rtol=1e-5)
+    got = rewards.averaged([a, b, a, a])
+    jax.tree.map(lambda g, x, y: np.testing.assert_allclose(g, 0.75 * x + 0.25 * y, rtol=1e-5, atol=1e-7), got, a, b)
+
+
+def test_a_process_model_scores_answers_by_their_steps():
+    rows = tiny.rows(np.random.default_rng(3), 6, 12)
+    params, breaks = tiny.init(tiny.SCALAR), np.arange(tiny.V) % 4 == 0
+    logits = np.asarray(jax.jit(tiny.SCALAR.scores)(params, rows.tokens, rows.segments, rows.positions))
+    got = np.asarray(rewards.process(tiny.SCALAR, params, breaks, "product")(rows, None))
+    each = np.asarray(rewards.step_rewards(tiny.SCALAR, params, rows, breaks))
+    for r in range(6):
+        answer = np.flatnonzero(rows.mask[r])
+        broken = [t for t in answer if breaks[rows.tokens[r, t]]]
+        ends = [t for t in broken if t + 1 in answer and t + 1 not in broken and t + 1 != answer[-1]] + [answer[-1]]
+        p = 1 / (1 + np.exp(-logits[r, ends]))
+        np.testing.assert_allclose(got[r], p.prod(), rtol=1e-5)
+        np.testing.assert_allclose(each[r, ends], p, rtol=1e-5)
+        assert not np.delete(each[r], ends).any()
+    assert rewards.line_breaks(lambda ids: chr(ids[0]), 11, 13).tolist() == [i == 10 for i in range(13)]

@@ -8,7 +8,7 @@ import tiny
 from jaxalign import shard
 from jaxalign.data import sources, tokenizers
 from jaxalign.models import decoder
-from jaxalign.rl.reference import Precomputed, WithReference
+from jaxalign.rl.reference import Precomputed, WithReference, fields
 from jaxalign.train.log import read_jsonl
 from jaxalign.types import Pairs, SharedPairs
 
@@ -82,3 +82,44 @@ def test_runs_share_a_directory(tmp_path, monkeypatch):
     assert len(ran) == 1
     a, b = (read_jsonl(tmp_path / f"run{n}" / "metrics.jsonl") for n in (1, 2))
     assert a == b
+
+
+LABELS = [{"prompt": "ab" * (i % 3 + 1), "completion": "c" * (i + 1), "label": i % 2 == 0} for i in range(7)]
+RANKS = [{"prompt": "ab" * (i % 3 + 1), "completions": ["c" * (i + 1), "d", "ee"][: 2 + i % 2], "ranks": [0, 1, 1][: 2 + i % 2]} for i in range(7)]
+OTHERS = {
+    "labelled": lambda **how: sources.labelled_source(LABELS, tokenizers.Bytes(), **{"max_len": 16, "batch_size": 4, "seed": 0, "mismatched": True, **how}),
+    "rankings": lambda **how: sources.rankings_source(RANKS, tokenizers.Bytes(), **{"max_len": 16, "batch_size": 4, "seed": 0, **how}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_labels_and_rankings(kind, tmp_path):
+    """In one pass, with mismatched rows and candidates that differ in number: what batches as drawn have, also read back."""
+    params, make = tiny.init(MODEL), OTHERS[kind]
+    drawn, kept = WithReference(make(), MODEL, params, MESH), Precomputed(make(), MODEL, params, MESH, tmp_path, (kind,))
+    for _ in range(3):  # 12 of 7 items: across the end of an epoch
+        want, got = drawn.next(None), kept.next(None)
+        for k in fields(got):
+            real = want.valid > 0 if kind == "rankings" else np.ones(4, bool)
+            np.testing.assert_allclose(np.where(real, getattr(got, k), 0), np.where(real, getattr(want, k), 0), rtol=1e-5)
+            assert (np.asarray(getattr(got, k))[np.asarray(real)] < 0).all()
+    read = Precomputed(make(batch_size=2, seed=3), MODEL, None, MESH, tmp_path, (kind,))
+    read.next(None)
+    for a, b in zip(read.logps, kept.logps, strict=True):
+        np.testing.assert_array_equal(a, b)
+    if kind == "labelled":
+        assert make().contents != make(mismatched=False).contents and fields(make(mismatched=False).next(None)) == ("ref",)
+
+
+def test_a_way_of_summing_of_ones_own(tmp_path):
+    """LD-DPO damps tails in policy and reference alike: alpha 0 leaves the first tokens, as many as the shorter answer has."""
+    from jaxalign.objectives import dpo_variants, preference
+
+    rows = [{"prompt": "a", "chosen": "bcdefg", "rejected": "x"}]
+    params, damped = tiny.init(MODEL), dpo_variants.ld_dpo(MODEL, alpha=0.0).reference
+    get = lambda **how: Precomputed(source(rows=rows, batch_size=1), MODEL, params, MESH, tmp_path, **how).next(None)
+    whole, cut = get(key=("whole",)), get(key=("cut",), of_pairs=damped)
+    logp = np.asarray(preference.token_logps(MODEL, params, whole.chosen)[0].logp)[0]
+    first = np.flatnonzero(logp)[:2]  # of seven, the stop token among them; the rejected answer has two
+    assert cut.ref_rejected == pytest.approx(whole.ref_rejected, rel=1e-6)
+    assert whole.ref_chosen == pytest.approx(logp.sum(), rel=1e-5) and cut.ref_chosen == pytest.approx(logp[first].sum(), rel=1e-5)

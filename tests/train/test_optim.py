@@ -157,3 +157,22 @@ def test_moments_are_sharded_like_their_parameters(name):
         assert jax.tree.map(lambda x: x.sharding, m) == jax.tree.map(lambda x: x.sharding, params)
         assert m["layers"]["gate"].sharding.spec == P(None, "fsdp", "tensor") and m["layers"]["gate"].addressable_shards[0].data.shape == (2, 4, 6)
     assert s.step.sharding == shard.replicated(mesh) and s.key.sharding.is_fully_replicated
+
+
+def test_an_average_of_the_params():
+    """a <- d a + (1 - d) w from a = w0 on; `averaged` gives it, and training goes on from w."""
+    w0 = {"w": jnp.ones((2, 2))}
+    o = Optim(name="sgd", lr=0.1, schedule="constant", ema=0.9)
+    tx, _ = optim.make(o, 5, w0)
+    s = state.create(w0, tx, Objective(lambda *a: None), 0)
+    average, w = np.ones((2, 2)), np.ones((2, 2))
+    for g in gradients():
+        updates, opt = tx.update(g, s.opt_state, s.params)
+        s = s.replace(params=jax.tree.map(jnp.add, s.params, updates), opt_state=opt)
+        w = w - 0.1 * g["w"]
+        average = 0.9 * average + 0.1 * w
+    np.testing.assert_allclose(s.params["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(state.averaged(s)["w"], average, rtol=1e-5)
+    assert optim.make(Optim(name="sgd"), 5, w0)[0] and state.averaged(s.replace(opt_state=optim.make(Optim(name="sgd"), 5, w0)[0].init(w0))) is s.params
+    with pytest.raises(UserError, match="optim.ema"):
+        Optim(ema=1.0)

@@ -17,7 +17,7 @@ from jaxalign.train import optim, run, state, step
 from jaxalign.train.log import RunLog
 from jaxalign.types import Loss, Objective, Term, Tokens, UserError
 
-CASES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "grpo", "ppo"]
+CASES = ["lm_smooth", "lm_gpt2", "pairs", "rankings", "dpo", "orpo", "kto", "pl_dpo", "rrhf", "grpo", "ppo"]
 
 
 @functools.cache
@@ -96,7 +96,9 @@ def dirty(name, batch, r):
     """The same batch with garbage wherever a mask is 0."""
     if name.startswith("lm"):
         return junk_in_padding(batch, r)
-    if name == "rankings":
+    if name == "kto":
+        return batch._replace(rows=junk_in_padding(batch.rows, r), mismatched=junk_in_padding(batch.mismatched, r))
+    if name in ("rankings", "pl_dpo", "rrhf"):
         rows, void = junk_in_padding(batch.candidates, r), (batch.valid == 0)[..., None]
         other = tiny.rows(r, *rows.tokens.shape[:1], rows.tokens.shape[2], rows.tokens.shape[1])
         return batch._replace(candidates=jax.tree.map(lambda a, b: np.where(void, b, a), rows, other), rank=np.where(void[..., 0], -7, batch.rank))
