@@ -185,6 +185,9 @@ def metric_names() -> set[str]:
         "lm": (lm.lm(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rows),
         "dpo": (preference.dpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
         "pairs": (reward.pairs(tiny.SCALAR, centre=0.1), lambda: tiny.init(tiny.SCALAR), tiny.pairs),
+        "best": (reward.best(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), tiny.rankings),
+        "scores": (reward.scores(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), lambda *a: types.Labelled(tiny.rows(*a), *[np.zeros(a[1], np.float32)] * 2)),
+        "steps": (reward.steps(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), lambda *a: types.Steps(tiny.rows(*a), np.zeros(a[1:], np.float32))),
     }
     for name, (objective, params, batch) in extra.items():
         fn = step.make_step(objective, tx, schedule=schedule)
