@@ -204,6 +204,7 @@ def metric_names() -> set[str]:
     out |= set(jax.eval_shape(lambda p: make_experience(tiny.LLAMA, None, p, p["policy"], rollout, np.zeros(8, np.float32), 0.1, importance_cap=2.0), params)[1])
     out |= set(jax.eval_shape(lambda p: group_experience(tiny.LLAMA, p, p["policy"], rollout, np.zeros(8, np.float32), group=4, max_new=4), params)[1])
     out.add("staleness")  # the source's own
+    out |= {f"rewards/NAME/{x}" for x in ("mean", "std", "failed")} | {f"environment/{x}" for x in ("turns", "done", "tool_calls")}
     return out
 
 

@@ -90,7 +90,7 @@ def _language(w, world, c, name: str) -> dict:
     with jax.set_mesh(w.mesh):
         got = metrics(empty, counts=True)
     out = {"nll": got["nll"], "perplexity": math.exp(got["nll"]), "tokens": int(got["tokens"]), "accuracy": got["mean_token_accuracy"]}
-    if world is not None:
+    if hasattr(world, "log_prob"):
         records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
         logs = [world.log_prob(r["text"]) if "text" in r else world.demonstration_log_prob(r["prompt"], r["completion"]) for r in records]
         if all(map(math.isfinite, logs)):
@@ -125,7 +125,7 @@ def _reward(w, world, c, name: str) -> dict:
         "prompts": int(groups.max()) + 1,
         **stats.calibration(margins, np.zeros_like(margins))._asdict(),
     }
-    if world is not None:
+    if hasattr(world, "log_prob"):
         records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
         hits = []
         for r in records:
