@@ -223,6 +223,7 @@ def metric_names() -> set[str]:
         objective = m.maker(tiny.LLAMA)
         now = jax.eval_shape(lambda p, o=objective: state.create({"policy": p}, tx, o, seed=0), tiny.init(tiny.LLAMA))
         out |= set(found) | set(jax.eval_shape(step.make_step(objective, tx, schedule=schedule), now, {}, batch)[1])
+    out |= {f"rewards/NAME/{x}" for x in ("mean", "std", "failed")} | {f"environment/{x}" for x in ("turns", "done", "tool_calls")}
     return out
 
 
