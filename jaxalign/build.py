@@ -340,7 +340,9 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
     said = w.config.world
     records = [r for r, _ in read(w.find("data/prompts_eval.jsonl")) for _ in range(said.watch.each)]
     gold = embedded(w.config).gold_rewards
-    compared = said.watch.get("reference", "")
+    compared, order = said.watch.get("reference", ""), list(w.config.get("order", ()))
+    if {compared, name} <= set(order) and order.index(name) < order.index(compared):
+        compared = ""  # a stage before the one that others are compared with
     reference = load_params(w, compared, w.model.specs(), "world.watch.reference") if compared and w.stage_dir(compared) != w.stage_dir(name) else None
     twins, guided = getattr(model, "twins", None), plain(said.watch.get("guided") or ConfigDict())
     betas = guided.pop("betas", (1.0,)) if twins else ()

@@ -102,7 +102,7 @@ class Reproduction:
 
 def names() -> list[str]:
     """Every reproduction there is: the modules of this package that say REPRODUCTION."""
-    return sorted(m.name for m in pkgutil.iter_modules(reproduce.__path__) if m.name not in ("runner", "page"))
+    return sorted(m.name for m in pkgutil.iter_modules(reproduce.__path__) if m.name not in ("runner", "page", "reviews"))
 
 
 def load(name: str) -> Reproduction:
