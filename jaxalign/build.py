@@ -340,7 +340,9 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
     said = w.config.world
     records = [r for r, _ in read(w.find("data/prompts_eval.jsonl")) for _ in range(said.watch.each)]
     gold = embedded(w.config).gold_rewards
-    compared = said.watch.get("reference", "")
+    compared, order = said.watch.get("reference", ""), list(w.config.get("order", ()))
+    if {compared, name} <= set(order) and order.index(name) < order.index(compared):
+        compared = ""  # a stage before the one that others are compared with
     reference = load_params(w, compared, w.model.specs(), "world.watch.reference") if compared and w.stage_dir(compared) != w.stage_dir(name) else None
     twins, guided = getattr(model, "twins", None), plain(said.watch.get("guided") or ConfigDict())
     betas = guided.pop("betas", (1.0,)) if twins else ()
@@ -478,7 +480,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
 def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:
     """A scorer of rollouts (`rl.rewards`) by its name: a reward model's directory or stage, or "package.module:function"."""
     if ":" in named:
-        return rewards.python(imported(named), decode or w.decode, w.mesh)
+        return rewards.python(named, decode or w.decode, w.mesh)
     judge, _, params = trained(w.find(named))
     if "trunk" not in params:
         raise UserError(f"{named} holds a policy: name a reward model's directory, or a function as package.module:function")

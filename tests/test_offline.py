@@ -117,6 +117,8 @@ def test_a_finished_stage_is_sampled_and_evaluated(data, trained, capsys):
     assert isinstance(w.model, heads.Guided) and w.model.beta == 50.0 and set(params) == {"trunk", "q", "v"}
     got = {beta: say(capsys, *asked, f"--beta={beta}") for beta in (0, 50)}
     trunk = build.trained(str(run), beta=0.0)
+    alone = build.load_params(w, str(run), w.model.trunk.specs(), "where another stage starts")
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), alone, params["trunk"]))
     how = build.sampling(w, {}, max_new=8, temperature=0.0)
     plain = policy.sample(trunk[0].model.trunk, params["trunk"], how, build.prompt_rows(w, [{"prompt": "soup:"}], 1), w.decode, jax.random.key(0), w.mesh, score=False)
     assert got[0] == plain.completions and got[50] != got[0]
@@ -138,6 +140,13 @@ def test_adapters_beside_the_heads(data, tmp_path):
     s, params = runs.train(config("ilql", data, **{"train.steps": 1, "adapter.rank": 2}), tmp_path)
     assert all(k.startswith(("q/", "v/")) or k.endswith(("/a", "/b")) for k in tree.flat(s.params))
     assert set(checkpoint.structure(tmp_path / "params")) == {"trunk", "q", "v"} and (tmp_path / "adapter").is_dir()
+
+
+def test_a_masking_policy_of_adapters(data, tmp_path):
+    """What lags behind are the adapters alone; copied after the first rollout (4 steps), they are those of step 4."""
+    s, params = runs.train(config("nlpo", data, **{"train.steps": 4, "adapter.rank": 2}), tmp_path)
+    aux = checkpoint.Checkpoints(tmp_path / "checkpoints").structure(4)["state"]["aux"]
+    assert all(k.endswith(("/a", "/b")) for k in tree.flat(aux["policy"])) and "embed" in params
 
 
 def test_nlpo_refuses_old_rollouts(data, tmp_path):

@@ -113,7 +113,7 @@ def _language(w, world, c, name: str, stride: int = 0) -> dict:
             raise UserError(f"--stride: every row of {c.data.eval_path} must be readable, without data.format; or leave --stride out")
         strided = perplexity.strided(w.model, params, encoded, context=c.data.seq_len, stride=stride, batch=c.data.batch_size, mesh=w.mesh)
         out |= {"strided_perplexity": strided.perplexity, "strided_tokens": strided.tokens, "strided_bits_per_byte": perplexity.bits_per_byte(strided.nll, size)}
-    if world is not None:
+    if hasattr(world, "log_prob"):
         records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
         logs = [world.log_prob(r["text"]) if "text" in r else world.demonstration_log_prob(r["prompt"], r["completion"]) for r in records]
         if all(map(math.isfinite, logs)):
@@ -197,7 +197,7 @@ def _comparisons(world, source, judged: list, records: list[dict]) -> dict:
         votes = np.array([[sum(map(bool, r["votes"])), len(r["votes"]) - sum(map(bool, r["votes"]))] for r in records])
         if len(set(votes.sum(1))) == 1 and votes[0].sum() > 1:
             out["labellers_kappa"] = agreement.fleiss_kappa(votes)
-    if world is not None:
+    if hasattr(world, "log_prob"):
         hits, golds = [], []
         for r in records:
             gold = world.gold_rewards([r["prompt"]] * len(r["completions"]), r["completions"])

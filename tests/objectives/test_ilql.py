@@ -190,6 +190,32 @@ def test_the_objective_is_the_dense_one(name):
     assert tiny.far(grads, want_grads) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["mc_returns", "advantage_weighted_bc"])
+def test_monte_carlo_objectives_are_the_dense_ones(name):
+    make, twins = MAKERS[name]
+    batch, model, params = episodes(np.random.default_rng(6), 4, 10), heads.Guided(tiny.LLAMA, twins), params_of("llama", twins)
+    gamma = 0.99 if name == "mc_returns" else 0.9
+    mask = np.asarray(ilql.targets(batch.mask, batch.segments))
+    b, t = np.nonzero(mask)
+    a, n = batch.tokens[b, t], len(b)
+    returns = np.array([sum(gamma ** k * batch.rewards[row, s] for k, s in enumerate(s for s in np.flatnonzero(mask[row]) if s >= at)) for row, at in zip(b, t)])
+
+    def whole(p):
+        x = model.hidden(p, *batch[:1], *batch[2:4]).x
+        logp, v = jax.nn.log_softmax(nn_logits(x, model.unembed(p)))[b, t - 1, a], heads.v_values(p["v"], x)[b, t - 1]
+        if name == "advantage_weighted_bc":
+            w = jax.lax.stop_gradient(jnp.minimum(jnp.exp((returns - v) / 0.5), 20.0))
+            return ((returns - v) ** 2 - w * logp).sum() / n
+        q = heads.q_values(p["q"], x)[0][b, t - 1]
+        own = jnp.take_along_axis(q, a[:, None], 1)[:, 0]
+        return ((returns - own) ** 2 + (returns - v) ** 2 + 0.1 * (jax.nn.logsumexp(q, -1) - own) - logp).sum() / n
+
+    loss, _, grads = jax.jit(lambda p: step.gradient(make(model), p, {}, (), batch, jax.random.key(0)))(params)
+    want, want_grads = jax.jit(jax.value_and_grad(whole))(params)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert tiny.far(grads, want_grads) < 1e-4
+
+
 def test_the_authors_count_all_tokens():
     batch, params = episodes(np.random.default_rng(2), 8, 10), params_of("llama")
     makers = [make(heads.Guided(tiny.LLAMA), cql_scale=0.1) for make in (ilql.ilql, ilql.ilql_original)]
@@ -202,7 +228,7 @@ def test_the_authors_count_all_tokens():
 MAKERS = {
     "ilql": (lambda m: ilql.ilql(m, beta=0.3), 2),
     "mc_returns": (offline.mc_returns, 1),
-    "advantage_weighted_bc": (lambda m: offline.advantage_weighted_bc(m, gamma=0.9, temperature=0.5), 0),
+    "advantage_weighted_bc": (lambda m: offline.advantage_weighted_bc(m, gamma=0.9, weight_temperature=0.5), 0),
 }
 
 
@@ -250,7 +276,7 @@ def test_returns_and_weights_by_loops():
     np.testing.assert_allclose(offline.exponential_weight(np.float32([0.5, 9.0]), 0.0, 0.5, 20.0), [math.e, 20.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda: ilql.ilql(None, tau=1.0), lambda: ilql.ilql(None, target_every=0), lambda: offline.mc_returns(None, gamma=1.5), lambda: offline.advantage_weighted_bc(None, temperature=0.0)])
+@pytest.mark.parametrize("make", [lambda: ilql.ilql(None, tau=1.0), lambda: ilql.ilql(None, target_every=0), lambda: offline.mc_returns(None, gamma=1.5), lambda: offline.advantage_weighted_bc(None, weight_temperature=0.0)])
 def test_refused(make):
     with pytest.raises(UserError, match="needs"):
         make()
