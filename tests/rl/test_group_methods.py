@@ -270,6 +270,7 @@ def test_a_bound_ends_it():
     s = source(2)
     exp, m = s.next(learner()), s.metrics()
     assert m["dynamic_sampling/missing_groups"] == 1 and m["dynamic_sampling/rounds"] == 2
+    assert s.events() == [{"kind": "short_batch", "groups": 3, "wanted": 4, "prompts": 8}] and s.events() == []
     mask = np.asarray(exp.mask)
     assert mask[:6].any(1).all() and not mask[6:].any() and not np.asarray(exp.advantages)[6:].any()
     close(m["completions/mean_length"], mask[:6].sum() / 6)
