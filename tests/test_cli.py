@@ -119,6 +119,8 @@ def metrics(directory: Path) -> list[dict]:
         ("reward.py", ":pairs", "rankings.jsonl", "pairs", ("--config.stage.data.max_len=24",), "accuracy"),
         ("dpo.py", "", "pairs.jsonl", "pairs", ("--config.stage.data.max_len=24",), "rewards/margins"),
         ("dpo.py", ":ipo", "pairs.jsonl", "pairs", ("--config.stage.data.max_len=24",), "rewards/margins"),
+        ("kto.py", "", "labelled.jsonl", "labelled", ("--config.stage.data.max_len=24",), "kl"),
+        ("rankings.py", "", "rankings.jsonl", "rankings", ("--config.stage.data.max_len=24",), "rewards/margins"),
         ("ppo.py", "", "prompts.jsonl", "prompts", ("--config.stage.sampling.max_new=4",), "objective/kl"),
     ],
 )

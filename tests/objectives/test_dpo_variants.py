@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import runs
 import test_branches
 import tiny
 from jaxalign import shard, tree
@@ -102,3 +103,17 @@ def test_the_running_shift_counts_batches():
     assert (aux["mean"], aux["count"]) == (2.5, 2)
     with pytest.raises(UserError, match="running, none"):
         dpo_variants.mpo(tiny.LLAMA, shift="mean")
+
+
+def test_a_finished_stage_with_a_shift_is_evaluated(tmp_path):
+    """Its running mean is not among the weights: it begins anew."""
+    from jaxalign import build
+    from jaxalign.cli import eval as evaluation
+
+    data = runs.prepared(tmp_path / "data")
+    c = build.base("x", vocab=0, dim=16, layers=1, heads=2, hidden=32, max_len=64)
+    c.stage = build.stage("bco_pair", init=str(data / "start"), data=dict(path=f"{data}/pairs.jsonl", eval_path=f"{data}/pairs.jsonl", batch_size=8), train=dict(steps=1), optim=dict(lr=0.0))
+    with runs.devices(1):
+        s, _ = runs.train(c, tmp_path / "run")
+        found = evaluation._objective(build.world(c, tmp_path / "run"), c.stage, "x")
+    np.testing.assert_allclose(found["loss/preference"], 2 * np.log(2), rtol=1e-6)

@@ -108,6 +108,22 @@ def test_grpo_has_no_critic_and_many_answers(data):
     it.programs[-1].lower(s.world.mesh)  # the step takes these shapes
 
 
+def test_labels_bring_mismatched_rows_and_a_moving_reference_its_weights(data):
+    one = lambda name, **d: build.stage(name, data=dict(path="none", batch_size=8, max_len=16, **d), **({} if name == "tr_dpo" else {"init": "x"}))
+    its = {}
+    for name in ("kto", "bco", "tr_dpo"):
+        c = shapes_of("dpo", data)
+        c.stage = one(name)
+        s = programs.stage(c, name, c.stage, jax.devices()[:2])
+        its[name] = programs.iteration(s)
+        its[name].programs[-1].lower(s.world.mesh)
+    kto, bco, tr = its["kto"], its["bco"], its["tr_dpo"]
+    assert [p.name for p in kto.programs] == ["reference", "step"] and kto.tokens == 2 * bco.tokens == 2 * 8 * 16
+    assert [p.name for p in tr.programs] == ["step"]
+    held = programs.shares(tr.resident)
+    assert held["aux"] == held["params"]
+
+
 def test_a_plan_adds_up(ppo):
     """Compiled for two simulated devices and a chip that is slow enough to count on."""
     c, s, it = ppo

@@ -10,7 +10,7 @@ from jaxalign.data import sources, tokenizers
 from jaxalign.models import decoder
 from jaxalign.rl.reference import Precomputed, WithReference, fields
 from jaxalign.train.log import read_jsonl
-from jaxalign.types import Pairs, SharedPairs
+from jaxalign.types import Pairs, SharedPairs, UserError
 
 MESH = shard.make_mesh({}, jax.devices()[:1])
 ROWS = [{"prompt": "ab" * (i % 3 + 1), "chosen": "c" * (i + 1), "rejected": "d" * (7 - i)} for i in range(7)]
@@ -123,3 +123,28 @@ def test_a_way_of_summing_of_ones_own(tmp_path):
     first = np.flatnonzero(logp)[:2]  # of seven, the stop token among them; the rejected answer has two
     assert cut.ref_rejected == pytest.approx(whole.ref_rejected, rel=1e-6)
     assert whole.ref_chosen == pytest.approx(logp.sum(), rel=1e-5) and cut.ref_chosen == pytest.approx(logp[first].sum(), rel=1e-5)
+
+
+def test_kto_whole_with_adapters(tmp_path):
+    """The frozen base is the reference, kept on disk; loss 1/2 and no KL before the first update; held out, each batch has its own KL."""
+    from jaxalign import build
+
+    data = runs.prepared(tmp_path / "data")
+    c = build.base("kto", vocab=0, dim=16, layers=1, heads=2, hidden=32, max_len=64)
+    path = f"{data}/labelled.jsonl"
+    sections = dict(init=str(data / "start"), reference_cache=str(tmp_path / "cache"), adapter=dict(rank=2), data=dict(path=path, eval_path=path, batch_size=8))
+    c.stage = build.stage("kto", **sections, train=dict(steps=2, eval_every=1), optim=dict(lr=3e-3))
+    with runs.devices(1):
+        s, _ = runs.train(c, tmp_path / "run")
+    assert isinstance(s.source, Precomputed) and len(list((tmp_path / "cache").glob("*.npz"))) == 1
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-6) and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert np.isfinite([rows[-1]["eval/loss/preference"], rows[-1]["eval/kl"]]).all() and rows[1]["loss"] != rows[0]["loss"]
+
+
+def test_no_reference_is_kept_for_one_that_moves():
+    from jaxalign import build
+
+    for name in ("tr_dpo", "simpo", "rrhf"):
+        with pytest.raises(UserError, match="reference_cache is unknown"):
+            build.stage(name, reference_cache="here")
