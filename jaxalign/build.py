@@ -27,7 +27,7 @@ from jaxalign.objectives.reward import AGGREGATE
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
-from jaxalign.rl import environment, experience, judges, masking, online, own_judge, reinforce, rewards
+from jaxalign.rl import comparisons, environment, experience, masking, online, own_judge, reinforce, rewards
 from jaxalign.rl.control import KL, SCORE_SCALES, ScoreScale
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
@@ -421,7 +421,7 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if named or rl.environment:
         scorer = rewards.several({short: one(r, short) for r, short in zip(named, rewards.short_names(named))}, tuple(rl.weights), rl.combine, rl.uncertainty)
     elif rl.get("judge"):
-        scorer = judges.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
+        scorer = comparisons.pairwise(imported(rl.judge), w.decode, w.mesh, rl.group + (m.rival is not None))
     else:
         scorer = rewards.none
     prompts = data_source(w, c.data, c.data.path, c.data.batch_size, w.config.seed)

@@ -40,7 +40,7 @@ class Best(NamedTuple):
 
 
 def best_of(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, scorer: Callable, key, mesh, n: int, *, draft: tuple | None = None) -> Best:
-    """n answers to each row of `prompts`, which is read once, scored by `scorer` (`rl.rewards`: learned, Python, ensemble; `rl.judges`)."""
+    """n answers to each row of `prompts`, which is read once, scored by `scorer` (`rl.rewards`: learned, Python, ensemble; `rl.comparisons`)."""
     check_length(model, prompts.report()["max_length"] + how.max_new, "the longest prompt with max_new")
     parts, spare = [], None
     with jax.set_mesh(mesh):

@@ -92,7 +92,7 @@ def rival_pairs(model: Model, params, reference, rollout: Rollout, scores, *, gr
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("group", "temperature", "missing_eos_penalty", "clip_score"))
 def duels(model: Model, params, reference, rollout: Rollout, scores, *, group: int, temperature: float = 1.0, missing_eos_penalty: float = 0.0, clip_score: float | None = None):
     """(Duels, metrics): each of `group` answers of the policy against the rival's, which stands last: P = sigma(its score - the
-    rival's), what Bradley-Terry says of rewards, and what a judge said itself (`rl.judges.pairwise`). Nash-MD."""
+    rival's), what Bradley-Terry says of rewards, and what a judge said itself (`rl.comparisons.pairwise`). Nash-MD."""
     score = rewards.adjust(scores, rollout.truncated, missing_eos_penalty=missing_eos_penalty, clip=clip_score)
     s = grouped(score, group + 1)
     gap = (s[:, :group] - s[:, group:]).reshape(-1)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jaxalign import shard
 from jaxalign.objectives.preference import pair_logps
-from jaxalign.rl import judges, rivals, selection
+from jaxalign.rl import comparisons, rivals, selection
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.types import Prompts, Rollout, UserError
@@ -170,17 +170,17 @@ def test_a_judge_of_two_answers():
         return 1 / (1 + math.exp(strength(second) - strength(first)))
 
     prompts = SimpleNamespace(records=())
-    got = np.asarray(judges.pairwise(judge, words, MESH, G)(x, prompts)).reshape(N, G)
+    got = np.asarray(comparisons.pairwise(judge, words, MESH, G)(x, prompts)).reshape(N, G)
     want = np.array([strength(words(t[m > 0])) for t, m in zip(x.tokens, x.mask)]).reshape(N, G)
     np.testing.assert_allclose(got, want - want.mean(1, keepdims=True), rtol=1e-4, atol=1e-5)
     assert {f > s for f, s in shown} == {True, False}
     two = rollout(N, 2)
-    p = np.asarray(judges.pairwise(lambda *_: 0.8, words, MESH, 2)(two, prompts)).reshape(N, 2)
+    p = np.asarray(comparisons.pairwise(lambda *_: 0.8, words, MESH, 2)(two, prompts)).reshape(N, 2)
     gap = 1 / (1 + np.exp(-np.abs(p[:, 0] - p[:, 1])))
     np.testing.assert_allclose(gap, 0.8, rtol=1e-5)
-    assert not np.any(np.asarray(judges.pairwise(lambda *_: NAN, words, MESH, 2)(two, prompts)))
-    sure = np.asarray(judges.pairwise(lambda *_: 1, words, MESH, 2)(two, prompts))
+    assert not np.any(np.asarray(comparisons.pairwise(lambda *_: NAN, words, MESH, 2)(two, prompts)))
+    sure = np.asarray(comparisons.pairwise(lambda *_: 1, words, MESH, 2)(two, prompts))
     assert np.isfinite(sure).all()
     for bad, text in ((lambda *_: 3.0, "3.0"), (lambda *_: 1 / 0, "ZeroDivisionError")):
         with pytest.raises(UserError, match=text):
-            judges.pairwise(bad, words, MESH, 2)(two, prompts)
+            comparisons.pairwise(bad, words, MESH, 2)(two, prompts)
