@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any, Callable
 
@@ -26,7 +27,7 @@ from jaxalign.objectives.reward import AGGREGATE
 from jaxalign.ops import branches, nn
 from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
-from jaxalign.rl import environment, experience, judges, masking, online, reinforce, rewards
+from jaxalign.rl import environment, experience, judges, masking, online, own_judge, reinforce, rewards
 from jaxalign.rl.control import KL, SCORE_SCALES, ScoreScale
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling, check_length
@@ -34,7 +35,7 @@ from jaxalign.train import checkpoint, flops, optim, run, state, step
 from jaxalign.train.log import RunLog, TensorBoard
 from jaxalign.train.progress import Trace
 from jaxalign.types import Experience, Objective, RivalPairs, Source, Tree, UserError
-from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, load_params, make_mesh, opened, prompt_rows, sampling, shown, trained, valued, world
+from jaxalign.world import World, adapted_by, barrier, data_source, drafter, generation, imported_config, judge_of, load_params, make_mesh, opened, prompt_rows, sampling, shown, trained, valued, world
 
 
 def evaluation(objective: Objective, mesh, frozen: dict, source: sources.Offline, prepare: Callable = lambda b: b) -> Callable:
@@ -339,7 +340,9 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
     said = w.config.world
     records = [r for r, _ in read(w.find("data/prompts_eval.jsonl")) for _ in range(said.watch.each)]
     gold = embedded(w.config).gold_rewards
-    compared = said.watch.get("reference", "")
+    compared, order = said.watch.get("reference", ""), list(w.config.get("order", ()))
+    if {compared, name} <= set(order) and order.index(name) < order.index(compared):
+        compared = ""  # a stage before the one that others are compared with
     reference = load_params(w, compared, w.model.specs(), "world.watch.reference") if compared and w.stage_dir(compared) != w.stage_dir(name) else None
     twins, guided = getattr(model, "twins", None), plain(said.watch.get("guided") or ConfigDict())
     betas = guided.pop("betas", (1.0,)) if twins else ()
@@ -368,7 +371,7 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> 
     if kind in REWARDS:
         return f.training(adapted, unembed=False)
     if "rl" in c:
-        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r]
+        named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r and "judge=" not in r]
         return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=c.objective.get("beta", 1) > 0)
     return f.training(adapted) + (f.forward() if isinstance(source, WithReference) else 0.0)
 
@@ -388,13 +391,16 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
         raise UserError(f"{name}: rl.reward is empty; name a reward model's stage or directory, or a function as package.module:function")
     if named and rl.get("judge"):
         raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
-    if rl.combine not in (known := [*rewards.COMBINE, "weights"]) or rl.steps not in ("", *AGGREGATE):
-        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, list(AGGREGATE))}")
+    if rl.combine not in (known := [*rewards.COMBINE, "weights"]) or rl.steps not in (ways := ["", *AGGREGATE, "each"]):
+        raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, ways)}")
     if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.get("reward_weights"):
         raise UserError(f"{name}: rl.combine apart keeps rewards apart; say how they add up, by rl.reward_weights or rl.scale_rewards {', '.join(SEVERAL)}")
     if rl.weights and (len(rl.weights) != len(named) or rl.combine != "mean"):
         raise UserError(f"{name}: rl.weights {tuple(rl.weights)} are those of a sum: one for each of the {len(named)} names of rl.reward, and rl.combine left at mean")
-    learned = {r: load_params(w, r, scalar.specs(), f"{name}.rl.reward") for r in named if ":" not in r}
+    asked = {r for r in named if r.startswith("judge=")}
+    networks = {r: _judge(w, name, r) for r in named if ":" not in r and r not in asked}
+    scalar = next(iter(networks.values()), scalar)  # of which a critic of its own is made
+    learned = {r: load_params(w, r, m.specs(), f"{name}.rl.reward") for r, m in networks.items()}
     if rl.combine == "weights":
         if len(learned) < len(named):
             raise UserError(f"{name}: rl.combine weights averages reward models, and {[r for r in named if r not in learned]} are functions; choose another way, or leave them out")
@@ -406,9 +412,12 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if w.imagined is not None:
         w.imagined.judges = list(learned.values())
     breaks = rewards.line_breaks(w.tokenizer.decode, w.tokenizer.vocab_size, model.config.vocab) if rl.steps and w.imagined is None else np.zeros(model.config.vocab, bool)
-    judge = lambda p: rewards.process(scalar, p, breaks, rl.steps) if rl.steps else rewards.learned(scalar, p)
+    judge = lambda r: rewards.process(networks[r], learned[r], breaks, rl.steps) if rl.steps else rewards.learned(networks[r], learned[r])
     limits = rewards.Limits(rl.reward_timeout, rl.reward_workers, rl.on_reward_error)
-    one = lambda r, short: judge(learned[r]) if r in learned else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
+    if asked and w.imagined is not None:
+        raise UserError(f"{name}: plan does not know the programs of a judge; leave {', '.join(sorted(asked))} out of rl.reward")
+    opinion = lambda r: own_judge.judged(own_judge.Own(*judge_of(w, r.removeprefix("judge="), f"{name}.rl.reward"), w.mesh), w.decode, w.mesh, rl.rubric)
+    one = lambda r, short: judge(r) if r in learned else opinion(r) if r in asked else rewards.python(r, w.decode, w.mesh, name=short, limits=limits)
     if named or rl.environment:
         scorer = rewards.several({short: one(r, short) for r, short in zip(named, rewards.short_names(named))}, tuple(rl.weights), rl.combine, rl.uncertainty)
     elif rl.get("judge"):
@@ -471,13 +480,24 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
 def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:
     """A scorer of rollouts (`rl.rewards`) by its name: a reward model's directory or stage, or "package.module:function"."""
     if ":" in named:
-        return rewards.python(imported(named), decode or w.decode, w.mesh)
+        return rewards.python(named, decode or w.decode, w.mesh)
     judge, _, params = trained(w.find(named))
     if "trunk" not in params:
         raise UserError(f"{named} holds a policy: name a reward model's directory, or a function as package.module:function")
     if judge.tokenizer.vocab_size != w.tokenizer.vocab_size or any(judge.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
         raise UserError(f"{named}: its tokenizer is another than the policy's; a reward model must read the same ids")
     return rewards.learned(heads.Scalar(judge.model), params)
+
+
+def _judge(w: World, name: str, where: str) -> heads.Scalar:
+    """The network of a reward model: of the policy's shape, unless a run directory says that it has its own."""
+    said = Path(w.find(where)) / "config.json"
+    if not said.exists() or "stage" not in json.loads(said.read_text(encoding="utf-8")):
+        return heads.Scalar(w.model)
+    theirs = opened(str(said.parent))[0]
+    if theirs.tokenizer.fingerprint != w.tokenizer.fingerprint:
+        raise UserError(f"{name}: rl.reward {where}: its tokenizer is another than the policy's; a reward model must read the same ids")
+    return heads.Scalar(theirs.model)
 
 
 def _call(f: Callable, *args, **kwargs):

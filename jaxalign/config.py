@@ -268,13 +268,14 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         c["frozen_dtype"] = "float32"  # of the models that are only read (reference, learned rewards): float32 | bfloat16, half the memory
     if kind == "prompts":
         c["rl"] = {
-            # A reward model's stage or directory, or "package.module:function" (prompt, completion, record) -> float; several,
-            # with commas, are an ensemble, or with weights a sum.
+            # A reward model's stage or directory, "package.module:function" (prompt, completion, record) -> float, or judge=DIR, a
+            # language model that rates answers; several, with commas, are an ensemble, or with weights a sum.
             "reward": "",
             "weights": (),  # of a sum, one for each reward
             "combine": "mean",  # of an ensemble: mean | min | median | mean_less_variance | mean_less_std | weights (one model: the mean of all weights)
             "uncertainty": 0.1,  # what mean_less_variance takes off per unit of variance, mean_less_std per unit of standard deviation
-            "steps": "",  # of a process reward model: min | product | last, what its steps' scores make; "": models of whole answers
+            "steps": "",  # of a process reward model: min | product | last, what its steps' scores make, or each, a reward at every step's end; "": models of whole answers
+            "rubric": "",  # what a judge is told to look at
             "reward_timeout": 60.0,  # seconds for one call of a reward function, which then runs in a process of its own; 0: in this one, without a limit
             "reward_workers": 1,  # such processes, which score rows side by side
             "on_reward_error": "error",  # error | nan (no score for that row) | a number (that score)

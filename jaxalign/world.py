@@ -172,15 +172,18 @@ def model_of(c: ConfigDict, tokenizer: toks.Tokenizer) -> Model:
 
 
 def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None = "float32") -> Tree:
-    """Weights of a stage, a run directory or an HF directory, into their shards. dtype None: as they are saved."""
+    """Weights of a stage, a run directory or an HF directory, into their shards. dtype None: as they are saved. Where the specs are a
+    model's alone, of a stage with Q and value heads the model alone."""
     if w.imagined is not None:
         return w.imagined.weights(w, specs, what, dtype)
     path = w.find(where)
     if os.path.isdir(params := os.path.join(path, "params")):
-        saved = tree.flat(checkpoint.structure(params))
+        saved = checkpoint.structure(params)
+        only = "trunk" if {"trunk", "v"} <= set(saved) and "trunk" not in specs else None  # of a policy with Q and value heads, the policy
+        saved = tree.flat(saved[only] if only else saved)
         kind = lambda k: saved[k].dtype if k in saved else "float32"
         target = tree.map_named(lambda k, x: jax.ShapeDtypeStruct(x.shape, kind(k), sharding=x.sharding), shard.abstract(specs, w.mesh, w.rules))
-        held = tree.flat(checkpoint.load_tree(params, target)[0])
+        held = tree.flat(checkpoint.load_tree(params, target, only)[0])
         return tree.unflat({k: x if dtype in (None, x.dtype.name) else x.astype(dtype) for k in list(held) for x in [held.pop(k)]})  # leaf by leaf
     if os.path.exists(os.path.join(path, "model.safetensors")) or os.path.exists(os.path.join(path, "model.safetensors.index.json")):
         from jaxalign.models import hf
@@ -351,6 +354,12 @@ def drafter(w: World, how: Sampling) -> tuple | None:
     if small.tokenizer.vocab_size != w.tokenizer.vocab_size or any(small.tokenizer.encode(t) != w.tokenizer.encode(t) for t in ("The same words, 1 23!", "Ünicode \n\n x=y")):
         raise UserError(f"sampling.draft {how.draft}: its tokenizer is another one; a draft must write in the same ids")
     return small.model, load_params(w, how.draft, small.model.specs(), "sampling.draft")
+
+
+def judge_of(w: World, path: str, what: str) -> tuple:
+    """(model, weights, tokenizer, template) of the run or directory that judges: with a vocabulary and a template of its own."""
+    other = opened(w.find(path), "", "")[0]
+    return other.model, load_params(w, path, other.model.specs(), what), other.tokenizer, other.template
 
 
 def prompt_rows(w: World, rows, batch: int) -> sources.Offline:

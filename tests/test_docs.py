@@ -192,6 +192,9 @@ def metric_names() -> set[str]:
         "rrhf": (ranked.rrhf(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rankings),
         "kto": (kto.kto(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.labelled),
         "pairs": (reward.pairs(tiny.SCALAR, centre=0.1), lambda: tiny.init(tiny.SCALAR), tiny.pairs),
+        "best": (reward.best(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), tiny.rankings),
+        "scores": (reward.scores(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), lambda *a: types.Labelled(tiny.rows(*a), *[np.zeros(a[1], np.float32)] * 2)),
+        "steps": (reward.steps(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), lambda *a: types.Steps(tiny.rows(*a), np.zeros(a[1:], np.float32))),
     }
     for name, (objective, params, batch) in extra.items():
         fn = step.make_step(objective, tx, schedule=schedule)
@@ -220,6 +223,7 @@ def metric_names() -> set[str]:
         objective = m.maker(tiny.LLAMA)
         now = jax.eval_shape(lambda p, o=objective: state.create({"policy": p}, tx, o, seed=0), tiny.init(tiny.LLAMA))
         out |= set(found) | set(jax.eval_shape(step.make_step(objective, tx, schedule=schedule), now, {}, batch)[1])
+    out |= {f"rewards/NAME/{x}" for x in ("mean", "std", "failed")} | {f"environment/{x}" for x in ("turns", "done", "tool_calls")}
     return out
 
 

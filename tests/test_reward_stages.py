@@ -112,7 +112,7 @@ def test_members_of_an_ensemble(data, tmp_path):
     s = ppo_of(data, tmp_path / "ppo", reward=f"{tmp_path / 'a'},{tmp_path / 'b'}", combine="weights")
     mean = jax.tree.map(lambda x, y: (x + y) / 2, *members)
     rollout = s.source.play_once()
-    scores = np.asarray(s.source.scorer(rollout, None))
+    scores = said(s, rollout)
     np.testing.assert_allclose(scores, jax.jit(s_scalar(s).reward)(mean, rollout.tokens, rollout.segments, rollout.positions), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="functions"):
         ppo_of(data, tmp_path / "ppo", reward=f"{tmp_path / 'a'},runs:length_reward", combine="weights")
@@ -123,11 +123,22 @@ def test_a_process_model_judges_rollouts(data, tmp_path):
     s = ppo_of(data, tmp_path / "ppo", reward=str(tmp_path / "prm"), steps="product")
     rollout, breaks = s.source.play_once(), np.arange(s.world.model.config.vocab) == s.world.tokenizer.encode("\n")[0]
     scores = {how: np.asarray(rewards.step_scores(s_scalar(s), params, rollout, breaks, how)) for how in ("min", "product", "last")}
-    np.testing.assert_allclose(s.source.scorer(rollout, None), scores["product"], rtol=1e-5)
+    np.testing.assert_allclose(said(s, rollout), scores["product"], rtol=1e-5)
+    each = ppo_of(data, tmp_path / "ppo", reward=str(tmp_path / "prm"), steps="each")
+    tokens = said(each, rollout)
+    assert tokens.shape == rollout.tokens.shape and np.isin(np.flatnonzero(tokens), np.flatnonzero(rollout.mask)).all()
+    np.testing.assert_allclose(np.where(tokens > 0, tokens, 1).prod(1), scores["product"], rtol=1e-5)
+    with jax.set_mesh(each.world.mesh):
+        batch = each.source.next(each.begin()[0])  # PPO takes them as rewards of tokens
+    assert np.isfinite(batch.returns).all() and np.abs(batch.returns).sum() > 0
     assert all(((0 < x) & (x < 1)).all() for x in scores.values())
     assert (scores["product"] <= scores["min"] + 1e-6).all() and (scores["min"] <= scores["last"] + 1e-6).all()
     with pytest.raises(UserError, match="rl.steps"):
         ppo_of(data, tmp_path / "ppo", reward=str(tmp_path / "prm"), steps="mean")
+
+
+def said(s, rollout):
+    return np.asarray(rewards.scored(s.source.scorer(rollout, None)).scores)
 
 
 def s_scalar(s):

@@ -45,7 +45,10 @@ def check(w, name: str, c) -> None:
     """Of a stage that is done already: notes it where nobody has, and says what it was made of that is not the same any more."""
     import jax
 
+    from jaxalign import build
+
     known = read(w.workdir).get(name)
+    build.barrier("lineage read")  # nobody writes before all have looked
     if known is None:
         from jaxalign.train import checkpoint
 
@@ -60,11 +63,12 @@ def check(w, name: str, c) -> None:
 def _origins(w, c) -> dict:
     """{"parents", "data"} of a stage's config."""
     rl = c.get("rl") or {}
-    named = {"init": c.init or w.config.model.path, "reference": c.get("reference"), "rl.reference": rl.get("reference"), "adapter.path": c.adapter.path}
+    named = {"init": c.init or w.config.model.path, "reference": c.get("reference"), "teacher": c.get("teacher"), "rl.reference": rl.get("reference"), "adapter.path": c.adapter.path}
     judges = [r.strip() for r in (rl.get("reward") or "").split(",") if r.strip()]
     named |= {f"rl.reward{'' if len(judges) == 1 else f' {i}'}": r for i, r in enumerate(judges, 1)}
     named |= {k: rl.get(k) for k in ("judge", "environment") if rl.get(k)}
-    paths = [*(c.data.path or "").split(","), c.data.get("eval_path") or ""]
+    more = ((c, "normalisation"), (rl, "mix"))  # sections with a file of their own
+    paths = [*(c.data.path or "").split(","), c.data.get("eval_path") or "", *(at[k].get("path") or "" for at, k in more if at.get(k))]
     return {"parents": {k: origin(w, v) for k, v in named.items() if v}, "data": {p: file_hash(w.find(p)) for p in filter(None, paths)}}
 
 

@@ -138,7 +138,7 @@ def _write_data(world, config, workdir: Path) -> None:
     build.barrier("data")
 
 
-LABELLED = ("rankings.jsonl", "pairs.jsonl", "rankings_eval.jsonl", "pairs_eval.jsonl")
+LABELLED = ("rankings.jsonl", "pairs.jsonl", "rankings_eval.jsonl", "pairs_eval.jsonl", "all_pairs.jsonl", "all_pairs_eval.jsonl")
 
 
 def _label(w, world, config) -> None:
@@ -150,13 +150,13 @@ def _label(w, world, config) -> None:
     from jaxalign.data import rows
     from jaxalign.evals import policy
     from jaxalign.ops import nn
-    from jaxalign.tasks.reviews import write_jsonl
+    from jaxalign.tasks.reviews import pairs_of, write_jsonl
 
     params = build.load_params(w, "sft", w.model.specs(), "label")
     how = build.sampling(w, config.world.sampling)
     for split, file, count in (("eval", "prompts_eval.jsonl", config.world.ranked_eval), ("train", "prompts.jsonl", config.world.ranked)):
         prompts = [r for r, _ in rows.read(str(w.workdir / "data" / file))][:count]
-        ks = [7] * len(prompts) if split == "eval" else world.candidates(len(prompts), config.seed)
+        ks = [7] * len(prompts) if split == "eval" else world.candidates(len(prompts), config.seed, *config.world.get("candidates", ()))  # least and most
         repeated = [p for p, k in zip(prompts, ks) for _ in range(k)]
         key = nn.fold(jax.random.key(config.seed), "label", split)
         got = policy.sample(w.model, params, how, build.prompt_rows(w, repeated, 256), w.decode, key, w.mesh, score=False)
@@ -169,7 +169,10 @@ def _label(w, world, config) -> None:
         pairs = disjoint_pairs(rankings, np.random.default_rng([config.seed, split == "eval"]))
         suffix = "_eval" if split == "eval" else ""
         if jax.process_index() == 0:
-            for name, records in ((f"rankings{suffix}", rankings), (f"pairs{suffix}", pairs)):
+            files = {f"rankings{suffix}": rankings, f"pairs{suffix}": pairs}
+            if any(Path(c.data.path).name == "all_pairs.jsonl" for c in build.stages(config).values()):
+                files[f"all_pairs{suffix}"] = pairs_of(rankings)
+            for name, records in files.items():
                 temp = write_jsonl(w.workdir / "data" / f"{name}.tmp", records)
                 os.replace(temp, w.workdir / "data" / f"{name}.jsonl")
     build.barrier("label")

@@ -33,7 +33,16 @@ def _files(config, c) -> list[tuple[str, str, int, int]]:
 
 def missing(w, config, c) -> bool:
     """Whether the stage reads a file of a round that is not there yet."""
-    return any(not (w.workdir / p).exists() for p, *_ in _files(config, c))
+    return not all([_there(w.workdir / p) for p, *_ in _files(config, c)])
+
+
+def _there(path: Path) -> bool:
+    """The same answer on every process: all have looked before any of them writes."""
+    from jaxalign import build
+
+    found = path.exists()
+    build.barrier(f"looked for {path.name}")
+    return found
 
 
 def write(w, world, config, c) -> None:
@@ -41,7 +50,7 @@ def write(w, world, config, c) -> None:
     from jaxalign import build
 
     for path, kind, k, i in _files(config, c):
-        if (w.workdir / path).exists():
+        if _there(w.workdir / path):
             continue
         if kind in ("rankings", "pairs"):
             ranked = _rankings(w, world, config, k)
@@ -82,7 +91,7 @@ def _samples(w, config, k: int) -> list[dict]:
     from jaxalign.data import rows
 
     path, r = w.workdir / "data" / f"samples_{k}.jsonl", config.rounds
-    if not path.exists():
+    if not _there(path):
         every = [record for record, _ in rows.read(w.find(r.prompts))]
         records = [every[((k - 1) * r.each + i) % len(every)] for i in range(r.each)]
         groups = _answers(w, config, k, records, jax.random.key(config.seed))
@@ -118,7 +127,7 @@ def _rankings(w, world, config, k: int) -> list[dict]:
 
     path, who = w.workdir / "data" / f"rankings_{k}.jsonl", config.rounds.labeller
     rankable = [s for s in _samples(w, config, k) if len(set(s["completions"])) > 1]
-    if path.exists():
+    if _there(path):
         ranked = [record for record, _ in rows.read(str(path))]
         if who == "people":
             _asked(path, ranked, rankable)

@@ -37,16 +37,21 @@ def majority(answers: Sequence[Hashable]) -> Hashable:
     return max(counts, key=counts.get) if counts else None  # a Counter keeps the order of first appearance
 
 
-def maj_at_k(answers: Sequence[Sequence[Hashable]], references: Sequence[Hashable], k: int) -> float:
-    """How often the `majority` of the first k answers to a problem is the right one (self-consistency, Wang et al. 2203.11171)."""
-    return float(np.mean(each_maj_at_k(answers, references, k)))
+def maj_at_k(answers: Sequence[Sequence[Hashable]], correct, k: int) -> float:
+    """How often the `majority` of the first k answers to a problem is right (self-consistency, Wang et al. 2203.11171).
+
+    answers: n of each of P problems, None where none was found; correct f[P,n]: which of them are right.
+    """
+    return float(np.mean(each_maj_at_k(answers, correct, k)))
 
 
-def each_maj_at_k(answers: Sequence[Sequence[Hashable]], references: Sequence[Hashable], k: int) -> np.ndarray:
+def each_maj_at_k(answers: Sequence[Sequence[Hashable]], correct, k: int) -> np.ndarray:
     """f64[P]: of every problem."""
-    if len(answers) != len(references) or not len(answers) or k < 1 or min(map(len, answers)) < k:
-        raise ValueError(f"maj@{k} needs {k} answers or more to each of {len(references)} problems")
-    return np.array([majority(a[:k]) == r and r is not None for a, r in zip(answers, references)], float)
+    correct = numbers(correct, dimensions=(2,))
+    if len(answers) != len(correct) or not 1 <= k <= correct.shape[1] or any(len(a) != correct.shape[1] for a in answers):
+        raise ValueError(f"maj@{k} needs {k} answers or more to each of {len(correct)} problems, and as many verdicts as answers")
+    votes = [majority(a[:k]) for a in answers]
+    return np.array([0.0 if v is None else row[list(a).index(v)] for v, a, row in zip(votes, answers, correct)])
 
 
 def normalised(text: str) -> str:

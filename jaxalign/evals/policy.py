@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Callable, NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.data.sources import Offline, eval_batches
+from jaxalign.ops.divergence import divergence, reverse_kl
+from jaxalign.ops.logprob import before, targets
 from jaxalign.rl.engine import generate
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.rewards import model_scores
@@ -24,15 +27,27 @@ class Samples(NamedTuple):
     ref_logp: np.ndarray  # f64[N]; the same under the reference (equal to logp without one)
     length: np.ndarray  # i64[N]; tokens, stop included
     truncated: np.ndarray  # bool[N]
+    kl: float = 0.0  # to the reference, nats per completion: `summed_kl` / N; of Q heads the mean of logp - ref_logp
+    proxy: np.ndarray | None = None  # f64[N]; of a learned reward, where one was given
 
 
-def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, key, mesh, *, reference: Tree | None = None, score: bool = True, draft: tuple | None = None) -> Samples:
+@functools.partial(jax.jit, static_argnums=0)
+def summed_kl(model: Model, params: Tree, reference: Tree, rollout, rows) -> jax.Array:
+    """f32[]: the sum over rows f32[B] and their tokens of KL(policy || reference), each over the whole vocabulary. Its mean is the
+    completions' KL, as that of log-ratios is, with a fraction of the variance: only which tokens came before is left to chance."""
+    at = rollout.tokens, rollout.segments, rollout.positions
+    x, y = (before(model.hidden(p, *at).x, rollout.segments) for p in (params, reference))
+    mask = targets(rollout.mask, rollout.segments) * rows[:, None]
+    return divergence(x, model.unembed(params), y, model.unembed(reference), rollout.tokens, mask, reverse_kl).divergence
+
+
+def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: Callable, key, mesh, *, reference: Tree | None = None, score: bool = True, draft: tuple | None = None, judge: tuple[ScalarModel, Tree] | None = None) -> Samples:
     """One completion per row of `prompts` (give a record several times for several).
 
-    draft: a smaller model and its weights, where how.draft names one. score=False skips the log-probs (0 then): labelling does not need them.
+    draft: a smaller model and its weights, where how.draft names one. judge: a reward model and its weights. score=False skips the log-probs (0 then): labelling does not need them.
     """
     check_length(model, prompts.report()["max_length"] + how.max_new, "the longest prompt with max_new")
-    parts = []
+    parts, nats = [], 0.0
     with jax.set_mesh(mesh):
         for batch in eval_batches(prompts):
             rollout = generate(model, how, params, shard.place(batch._replace(records=()), mesh), key, draft=draft)
@@ -40,11 +55,15 @@ def sample(model: Model, params: Tree, how: Sampling, prompts: Offline, decode: 
             total = lambda p: token_logps(getattr(model, "trunk", model), p, rollout).logp.sum(1)
             logp = rollout.truncated * 0 if not score else rollout.logp.sum(1) if own else total(params)
             ref = total(reference) if score and reference is not None else logp
+            proxy = logp * 0 if judge is None else model_scores(*judge, rollout)
             real = shard.to_host(rollout.row) >= 0  # the last batch is filled up with empty rows
-            parts.append([shard.to_host(x)[real] for x in (rollout.tokens, rollout.mask, rollout.truncated, logp, ref)])
+            if score and reference is not None and not own:
+                nats += float(summed_kl(model, params, reference, rollout, (rollout.row >= 0).astype(np.float32)))
+            parts.append([shard.to_host(x)[real] for x in (rollout.tokens, rollout.mask, rollout.truncated, logp, ref, proxy)])
     texts = [decode(t[m > 0]) for tokens, mask, *_ in parts for t, m in zip(tokens, mask)]
-    length, truncated, logp, ref = (np.concatenate(v) for v in zip(*((mask.sum(1), *rest) for _, mask, *rest in parts)))
-    return Samples(texts, logp.astype(float), ref.astype(float), length.astype(int), truncated > 0)
+    length, truncated, logp, ref, proxy = (np.concatenate(v) for v in zip(*((mask.sum(1), *rest) for _, mask, *rest in parts)))
+    kl = float((logp.astype(float) - ref).mean()) if own else nats / len(texts)
+    return Samples(texts, logp.astype(float), ref.astype(float), length.astype(int), truncated > 0, kl, None if judge is None else proxy.astype(float))
 
 
 def reference_scores(model: Model, params: Tree, how: Sampling, prompts: Offline, scalar: ScalarModel, judge: Tree, key, mesh) -> np.ndarray:
@@ -80,6 +99,18 @@ def judged_steps(model: ScalarModel, params: Tree, source: Offline, mesh) -> lis
             scores, mask, label = (shard.to_host(x) for x in (go(params, placed.rows), placed.rows.mask, placed.label))
             out += [(s[m > 0], y[m > 0]) for s, m, y in zip(scores, mask, label) if m.any()]
     return out
+
+
+def candidate_lengths(candidates: Offline) -> list[np.ndarray]:
+    """Tokens i64[K] of the answers that `candidate_scores` scores, as this process reads them."""
+    out = []
+    for batch in eval_batches(candidates):
+        if isinstance(batch, Pairs):
+            length = np.stack([batch.chosen.mask.sum(1), batch.rejected.mask.sum(1)], 1)
+            out += [x for x in length if x.all()]
+        else:
+            out += [x[v > 0] for x, v in zip(batch.candidates.mask.sum(2), batch.valid) if v.any()]
+    return [x.astype(int) for x in out]
 
 
 def candidate_scores(model: ScalarModel, params: Tree, rankings: Offline, mesh) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -35,16 +35,16 @@ def _explained(mask, returns, values):
     return jax.lax.stop_gradient(((mask * (returns - values) ** 2).sum(), (mask * returns**2).sum()))
 
 
-def advantage_weighted_bc(model, *, gamma: float = 1.0, temperature: float = 1.0, weight_cap: float = 20.0, value_coef: float = 1.0) -> Objective:
+def advantage_weighted_bc(model, *, gamma: float = 1.0, weight_temperature: float = 1.0, weight_cap: float = 20.0, value_coef: float = 1.0) -> Objective:
     """Behaviour cloning, each token weighted by `exponential_weight` of its return over what the value head expected; that head
     regresses on the returns. Means over actions. model: a `models.heads.Guided` without Q heads."""
-    if not (temperature > 0 and weight_cap > 0 and 0 <= gamma <= 1):
-        raise UserError(f"advantage_weighted_bc needs temperature > 0, weight_cap > 0 and 0 <= gamma <= 1, got {temperature}, {weight_cap} and {gamma}")
+    if not (weight_temperature > 0 and weight_cap > 0 and 0 <= gamma <= 1):
+        raise UserError(f"advantage_weighted_bc needs weight_temperature > 0, weight_cap > 0 and 0 <= gamma <= 1, got {weight_temperature}, {weight_cap} and {gamma}")
 
     def loss(params, frozen, aux, batch: Trajectories, key, stats) -> Loss:
         mask, x, values, returns = _begin(model, params, batch, gamma)
         n = mask.sum()
-        weight = jnp.where(mask > 0, exponential_weight(returns, values, temperature, weight_cap), 0.0)
+        weight = jnp.where(mask > 0, exponential_weight(returns, values, weight_temperature, weight_cap), 0.0)
         bc, out = cloning(model, params, x, batch.tokens, mask, weight)
         terms = {"bc": Term(bc, n), "v": Term((mask * (returns - values) ** 2).sum(), n, value_coef)}
         metrics = means(mask, nll=-out.logp, entropy=out.entropy, values=values, returns=returns, weights=weight, capped=(weight >= weight_cap).astype(jnp.float32))

@@ -15,18 +15,24 @@ import jax.numpy as jnp
 from jaxalign.objectives.lm import lm
 from jaxalign.objectives.preference import dpo, pair_logps, sigmoid_loss
 from jaxalign.ops.logprob import before, logprob, targets
-from jaxalign.types import Duels, Loss, Model, Objective, RivalPairs, Term
+from jaxalign.types import Duels, Loss, Model, Objective, RivalPairs, Term, UserError
 
 
 def on_policy(maker: Callable[..., Objective]) -> Callable[..., Objective]:
-    """The same loss (of pairs, of tokens) for a policy that samples its own batches: what `maker` asks of params is params["policy"]."""
+    """The same loss (of pairs, of tokens) for a policy that samples its own batches: what `maker` asks of params, and of frozen
+    weights beside them, is the policy's."""
 
     @functools.wraps(maker)
     def make(model: Model, **options) -> Objective:
         o = maker(model, **options)
-        inner = lambda f: f and (lambda params, *rest: f(params["policy"], *rest))
+        if o.reference is not None:
+            raise UserError("objective.name: this loss sums the reference's log-probs in a way of its own, which only files of pairs have; take it without online_")
+        base = lambda frozen: {**frozen, "base": frozen["base"]["policy"]} if "base" in frozen else frozen
+        inner = lambda f: f and (lambda params, frozen, *rest: f(params["policy"], base(frozen), *rest))
         update = o.update_aux and (lambda aux, params, metrics, step: o.update_aux(aux, params["policy"], metrics, step))
-        return dataclasses.replace(o, loss=inner(o.loss), stats=inner(o.stats), init_aux=inner(o.init_aux), update_aux=update, shared=False)
+        init = o.init_aux and (lambda params: o.init_aux(params["policy"]))
+        finish = o.finish and (lambda params, aux: {**params, "policy": o.finish(params["policy"], aux)})
+        return dataclasses.replace(o, loss=inner(o.loss), stats=inner(o.stats), held_out=inner(o.held_out), init_aux=init, update_aux=update, finish=finish, shared=False)
 
     return make
 

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxalign.report import stage
+from jaxalign.report import judged, stage
 from jaxalign.report.charts import Mark, plane
 from jaxalign.report.markup import Html, join, tag
-from jaxalign.report.read import POLICIES, STAGES, Stage, dig, document, number, read_rows, show
+from jaxalign.report.read import POLICIES, STAGES, Stage, dig, document, number, policies as evaluated, read_rows, show
 from jaxalign.report.read import stage as read_stage
 from jaxalign.report.stage import fold, pretty, text
 from jaxalign.report.style import CSS
@@ -98,7 +98,7 @@ def verdict(evaluation: Any) -> Html:
 def policies(evaluation: Any) -> Html:
     """What the policies earn against how far they went, and the most that any policy could earn there."""
     title = tag("h2", "Policies", id="policies")
-    known = {p: d for p in _policies(evaluation) if isinstance(d := dig(evaluation, "policies", p), dict)}
+    known = evaluated(evaluation)
     if not known:
         return join([title, tag("p", "No policy has been evaluated.", class_="missing")])
     marks = [Mark(p.upper(), *xy, COLOURS.get(p, 5)) for p, d in known.items() if (xy := _point(d))]
@@ -127,15 +127,16 @@ def policies(evaluation: Any) -> Html:
         f"Intervals are 95%, over prompts. A win counts towards the target up to a KL of {show(KL, 3)} nats.",
         class_="soft",
     )  # fmt: skip
-    return join([title, tag("div", figure, tag("div", table, about), class_="pair")])
+    chart = judged.best_of_n(evaluation)
+    return join([title, tag("div", figure, tag("div", table, about), class_="pair"), judged.writing(known), tag("div", chart, class_="charts") if chart else None])
 
 
 def samples(evaluation: Any, most: int = 24, open_: int = 4) -> Html:
     """Answers of all policies to the same prompt, side by side."""
     title = tag("h2", "Samples", id="samples")
     answers: dict[str, dict[str, list[dict]]] = {}
-    for p in _policies(evaluation):
-        found = dig(evaluation, "policies", p, "samples")
+    for p, d in evaluated(evaluation).items():
+        found = d.get("samples")
         for s in found if isinstance(found, list) else []:
             if isinstance(s, dict):
                 answers.setdefault(str(s.get("prompt", "")), {}).setdefault(p, []).append(s)
@@ -199,12 +200,6 @@ def seconds(evaluation: Any) -> Html | None:
 
 def _answer(policy: str, s: dict) -> Html:
     return tag("div", tag("header", tag("b", policy.upper()), tag("span", "gold ", show(s.get("gold"), places=2))), text(s.get("completion", "")), class_=f"answer s{COLOURS.get(policy, 5)}")
-
-
-def _policies(evaluation: Any) -> list[str]:
-    """Those that every pipeline has, then the others in the order of the run (rounds, say)."""
-    there = dig(evaluation, "policies")
-    return [*POLICIES, *(p for p in (there if isinstance(there, dict) else {}) if p not in POLICIES)]
 
 
 def _point(d: Any) -> tuple[float, float] | None:

@@ -61,6 +61,13 @@ def dig(x: Any, *keys: str) -> Any:
     return x
 
 
+def policies(evaluation: Any) -> dict[str, dict]:
+    """{name: figures} of the policies that were evaluated, the road's own first."""
+    found = dig(evaluation, "policies")
+    found = found if isinstance(found, dict) else {}
+    return {p: found[p] for p in dict.fromkeys([*POLICIES, *found]) if isinstance(found.get(p), dict)}
+
+
 def number(x: Any) -> float | None:
     """A float, also of the "nan" and "inf" that JSON cannot say otherwise; None for what is no number."""
     if isinstance(x, str) and x.lstrip("-") in ("nan", "inf"):

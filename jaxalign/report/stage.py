@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from jaxalign.report import judged
 from jaxalign.report.charts import Series, lines
 from jaxalign.report.markup import Html, join, tag
 from jaxalign.report.read import Stage, dig, number, show
@@ -44,8 +45,8 @@ def section(s: Stage, title: str, evaluation: Any = None) -> Html:
     parts += [tag("p", x, class_="missing") for x in s.problems]
     if not s.metrics:
         return join([*parts, tag("p", "No metrics: this stage has not run here, or not for long enough to write a line.", class_="missing")])
-    judged = dig(evaluation, s.name)
-    known = [f"{k.replace('_', ' ')} {show(v)}" for k, v in judged.items() if number(v) is not None] if isinstance(judged, dict) else []
+    said = dig(evaluation, s.name)
+    known = [f"{k.replace('_', ' ')} {show(v)}" for k, v in said.items() if number(v) is not None] if isinstance(said, dict) else []
     parts.append(tag("p", f"{show(s.metrics[-1].get('step'), 7)} steps", Html("<br>On held-out data: ") if known else None, " · ".join(known), class_="soft"))
     parts.append(speed(s))
     curves, constant = series(s.metrics)
@@ -56,6 +57,8 @@ def section(s: Stage, title: str, evaluation: Any = None) -> Html:
         return tag("div", *(lines(c, title=p.title, unit=p.unit, reference=next((marks[k] for k in p.keys if k in marks), None)) for p, c in panels), class_="charts")
 
     parts.append(charts(main))
+    if figure := judged.calibration(said):
+        parts.append(tag("div", figure, class_="charts"))
     if rest or constant:
         same = "Constant: " + ", ".join(f"{k} = {show(v)}" for k, v in constant.items()) if constant else None
         parts.append(fold(f"{len(rest) + len(constant)} more metrics", charts(rest), tag("p", same, class_="soft")))

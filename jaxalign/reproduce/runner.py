@@ -57,6 +57,11 @@ def last(stage: str, metric: str, n: int = 4, run: str = "") -> Figure:
     return figure
 
 
+def best(stage: str, metric: str, run: str = "") -> Figure:
+    """The largest value of a metric: what a curve reached, not where it ended."""
+    return lambda seed: max(float(r[metric]) for r in seed.rows(stage, run) if metric in r)
+
+
 def first(stage: str, metric: str, run: str = "") -> Figure:
     """The first value of a metric."""
     return lambda seed: next(float(r[metric]) for r in seed.rows(stage, run) if metric in r)
@@ -97,7 +102,7 @@ class Reproduction:
 
 def names() -> list[str]:
     """Every reproduction there is: the modules of this package that say REPRODUCTION."""
-    return sorted(m.name for m in pkgutil.iter_modules(reproduce.__path__) if m.name not in ("runner", "page"))
+    return sorted(m.name for m in pkgutil.iter_modules(reproduce.__path__) if m.name not in ("runner", "page", "reviews"))
 
 
 def load(name: str) -> Reproduction:

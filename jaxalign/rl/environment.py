@@ -151,7 +151,8 @@ class _Conversation:
         self.mask += [mask] * len(ids)
         self.logp += [0.0] * len(ids) if logp is None else [float(x) for x in logp]
         self.reward += [0.0] * len(ids)
-        self.reward[-1] += reward
+        if reward:
+            self.reward[-1] += reward
 
 
 class Play:
@@ -172,18 +173,20 @@ class Play:
         self.name = getattr(make, "__name__", type(make).__name__)
 
     def __call__(self, params, prompts: Prompts, key, version) -> tuple[Rollout, Scored]:
-        rows = [self._begin(i, prompts, key) for i in range(len(prompts.row))]
+        salt = np.asarray(jax.random.key_data(key)).tolist()
+        rows = [self._begin(i, prompts, salt) for i in range(len(prompts.row))]
         for turn in range(self.turns):
-            live = [not c.over and len(c.ids) + self.how.max_new <= self.context for c in rows]
-            width = _most(max((len(c.ids) for c, on in zip(rows, live) if on), default=0))
+            live = [not c.over for c in rows]
+            width = agreed(max((len(c.ids) for c, on in zip(rows, live) if on), default=0))
             if not width:
                 break
             self._turn(rows, live, width, params["policy"], prompts.row, nn.fold(key, "turn", turn), version)
         return self._rollout(rows, prompts.row, version)
 
-    def _begin(self, i: int, prompts: Prompts, key) -> _Conversation:
+    def _begin(self, i: int, prompts: Prompts, salt: list[int]) -> _Conversation:
         environment, row = self.make(), int(prompts.row[i])
-        seed = zlib.crc32(f"{_bits(key)} {row // self.group}".encode())
+        self.name = type(environment).__name__
+        seed = zlib.crc32(f"{salt} {row // self.group}".encode())
         text = self._ask(row, environment.reset, prompts.records[i] if prompts.records else {}, seed)
         ids = self.script.opening(text, getattr(environment, "tools", {}))
         if len(ids) + self.how.max_new > self.context:
@@ -224,8 +227,10 @@ class Play:
             if not isinstance(said, str) or not np.isfinite(reward):
                 raise UserError(f"environment {self.name}: step answered {(said, reward, c.done)!r} for row {row}; it returns (text, a finite number, whether it is over)")
         c.add(ids, 1, logp, float(reward))
-        more = [] if c.done or c.turns == self.turns else [*([self.how.stop[0]] if cut and self.how.stop else []), *self.script.reply(said, role)]
-        c.over = c.done or not more or len(c.ids) + len(more) + self.how.max_new > self.context
+        c.over = c.done or c.turns == self.turns
+        if not c.over:
+            more = [*([self.how.stop[0]] if cut and self.how.stop else []), *self.script.reply(said, role)]
+            c.over = len(c.ids) + len(more) + self.how.max_new > self.context
         if not c.over:
             c.add(more, 0)
 
@@ -249,11 +254,7 @@ class Play:
         return shard.place(rollout, self.mesh), shard.place(scores, self.mesh)
 
 
-def _bits(key) -> list[int]:
-    return np.asarray(jax.random.key_data(key)).tolist()
-
-
-def _most(n: int) -> int:
+def agreed(n: int) -> int:
     """The largest over all processes: shapes and loops must be the same on each."""
     if jax.process_count() == 1:
         return n

@@ -143,7 +143,7 @@ class OnlineSource:
         self.beta, self.iteration, self.used, self.experience = kl.beta, 0, 0, None
         self._queue: list[dict[str, Any]] = []  # rollouts under way: {"born": iteration, "rollout": ..., "scores": array or Future, if it has begun}
         self.phase = lambda name: contextlib.nullcontext()  # who measures time puts a context manager here
-        self._metrics, self._samples = {}, []
+        self._metrics, self._samples, self._events = {}, [], []
         self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
         self._thread = concurrent.futures.ThreadPoolExecutor(1) if staleness else None
         self._done = (lambda x: x) if staleness else jax.block_until_ready  # nothing overlaps: each phase ends where it ends
@@ -198,7 +198,7 @@ class OnlineSource:
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
         params = self.lagging(params, state.aux) if self.lagging else params
         rollout, scores, born, counts = (self._informative if self.rounds else self._scored)(params, state)
-        scale = () if self.score_scale is None else (self.score_scale(scores, rollout.truncated),)
+        scale = () if self.score_scale is None else (self.score_scale(summed_rewards(scores), rollout.truncated),)
         with self.phase("experience"):
             self.experience, metrics = self.experience_of(params, self.reference, rollout, scores, self.beta, *scale)
             self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | counts
@@ -239,6 +239,8 @@ class OnlineSource:
                 break
         if not held:
             raise UserError(f"rl.dynamic_rounds {self.rounds}: of {constant} prompts none had answers of different reward; they are too easy or too hard for this policy. Take other prompts, a larger rl.group, a finer reward, or end the training here")
+        if held < n:
+            self._events.append({"kind": "short_batch", "groups": held, "wanted": n, "prompts": rounds * n})
         rollout, scores = both if held >= n else _unanswered(*both, held * size)
         name = "dynamic_sampling/"
         return rollout, scores, born, counts | {f"{name}rounds": float(rounds), f"{name}discarded_groups": float(constant), f"{name}left_over_groups": float(max(held - n, 0)), f"{name}missing_groups": float(max(n - held, 0))}
@@ -274,7 +276,8 @@ class OnlineSource:
 
     def events(self) -> list[dict]:
         """What happened since last time that a reader of the run should know: rewards that failed."""
-        return [e for x in (self.scorer, self.play) for e in getattr(x, "events", list)()]
+        own, self._events = self._events, []
+        return own + [e for x in (self.scorer, self.play) for e in getattr(x, "events", list)()]
 
     def state_dict(self) -> dict:
         d = {"prompts": self.prompts.state_dict(), "iteration": self.iteration, "used": self.used, "beta": self.beta}

@@ -48,14 +48,15 @@ def step_scores(model: ScalarModel, params: Tree, rows, breaks, aggregate: str =
 
 
 def process(model: ScalarModel, params: Tree, breaks, aggregate: str = "min") -> Callable:
-    """Scores whole answers by the steps that a process reward model sees in them."""
+    """Scores whole answers by the steps that a process reward model sees in them; "each": every step at its end, f32[B,T]."""
+    if aggregate == "each":
+        return _where("device", lambda rollout, prompts: step_rewards(model, params, rollout, breaks))
     return _where("device", lambda rollout, prompts: step_scores(model, params, rollout, breaks, aggregate))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def step_rewards(model: ScalarModel, params: Tree, rows, breaks) -> jax.Array:
-    """f32[B,T]: at the end of each step the probability that it is right, 0 elsewhere: rewards token by token, for who makes an
-    experience of them (Lightman et al. 2305.20050; Uesato et al. 2211.14275)."""
+    """f32[B,T]: at the end of each step the probability that it is right, 0 elsewhere (Math-Shepherd, 2312.08935, section 3.5)."""
     scores = model.scores(params, rows.tokens, rows.segments, rows.positions)
     return jax.nn.sigmoid(scores) * step_ends(rows.tokens, rows.mask, breaks)
 
@@ -163,7 +164,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """What rewards are called in metrics: a function's own name, a directory's last part; a second one of a name is NAME_2."""
     out: list[str] = []
     for p in paths:
-        name = p.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
+        name = p.removeprefix("judge=").rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
         same = sum(x == name or x.startswith(f"{name}_") and x[len(name) + 1 :].isdigit() for x in out)
         out.append(f"{name}_{same + 1}" if same else name)
     return out

@@ -71,10 +71,10 @@ class World:
         self.seed, self.every = seed, every
 
     def write_all(self, directory: Path, sizes: dict[str, int], seed: int) -> None:
-        """demonstrations.jsonl and prompts.jsonl, `sizes` rows each."""
+        """demonstrations.jsonl (and demonstrations_eval.jsonl) and prompts.jsonl, `sizes` rows each."""
         rng = np.random.default_rng([self.seed, seed])
-        sums = {name: [a_sum(rng) for _ in range(n)] for name, n in sizes.items()}
-        rows = {"demonstrations": [conversation(s, tool=i % self.every == 0) for i, s in enumerate(sums.get("demonstrations", ()))], "prompts": [{"prompt": f"{s}=", "sum": s} for s in sums.get("prompts", ())]}
         directory.mkdir(parents=True, exist_ok=True)
-        for name in sizes:
-            (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[name]), encoding="utf-8")
+        for name, n in sizes.items():
+            sums = [a_sum(rng) for _ in range(n)]
+            rows = [{"prompt": f"{s}=", "sum": s} if name == "prompts" else conversation(s, tool=i % self.every == 0) for i, s in enumerate(sums)]
+            (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

@@ -156,7 +156,7 @@ class World:
         self.seed = seed
 
     def write_all(self, directory: Path, sizes: dict[str, int], seed: int) -> None:
-        """demonstrations.jsonl (careful players), trajectories.jsonl (all of them) and prompts.jsonl (words to guess)."""
+        """demonstrations.jsonl and demonstrations_eval.jsonl (careful players), trajectories.jsonl (all of them), prompts.jsonl (words to guess)."""
         rng = np.random.default_rng([self.seed, seed])
         make = {
             "demonstrations": lambda n: trajectories(n, int(rng.integers(2**31)), ("careful",)),
@@ -165,4 +165,4 @@ class World:
         }
         directory.mkdir(parents=True, exist_ok=True)
         for name, n in sizes.items():
-            (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in make[name](n)), encoding="utf-8")
+            (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in make[name.removesuffix("_eval")](n)), encoding="utf-8")

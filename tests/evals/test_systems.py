@@ -98,7 +98,8 @@ def test_pass_at_k_against_all_subsets():
 def test_majority_votes():
     assert passes.majority(["b", "a", "a", "b"]) == "b" and passes.majority([None, None, "7"]) == "7" and passes.majority([None]) is None
     answers = [["1", "2", "2"], ["3", "3", "4"], [None, None, None]]
-    assert passes.maj_at_k(answers, ["2", "3", "9"], 3) == pytest.approx(2 / 3) and passes.maj_at_k(answers, ["2", "3", "9"], 1) == pytest.approx(1 / 3)
+    correct = [[a == r for a in row] for row, r in zip(answers, ["2", "3", "9"])]
+    assert passes.maj_at_k(answers, correct, 3) == pytest.approx(2 / 3) and passes.maj_at_k(answers, correct, 1) == pytest.approx(1 / 3)
 
 
 def test_exact_match():

@@ -21,12 +21,13 @@ HOSTILE = "</div><script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp; 
 EVALUATION = {
     "pretrain": {"nll": 1.2437, "floor": 1.2203, "ratio": 1.01918, "tokens": 65536},
     "sft": {"nll": 0.9821, "floor": 0.9514},
-    "reward": {"accuracy": 0.868, "gold_accuracy": 0.8775, "pairs": 2000, "interval": [0.852, 0.883], "ece": 0.021},
+    "reward": {"accuracy": 0.868, "gold_accuracy": 0.8775, "pairs": 2000, "interval": [0.852, 0.883], "ece": 0.021, "reliability": [{"confidence": 0.55, "accuracy": 0.5}, {"confidence": 0.8, "accuracy": 0.9}]},
     "policies": {
-        "sft": {"gold": 0.412, "kl": 0.0, "length": 21.3, "samples": [{"prompt": "the soup was", "completion": HOSTILE, "gold": -0.5}]},
+        "sft": {"gold": 0.412, "kl": 0.0, "length": 21.3, "distinct_2": 0.4321, "elo": 951.0, "samples": [{"prompt": "the soup was", "completion": HOSTILE, "gold": -0.5}]},
         "ppo": {"gold": 1.934, "win_rate": 0.8125, "win_interval": [0.779, 0.845], "kl": 6.31, "length": 23.8, "samples": [{"prompt": "the soup was", "completion": "excellent .", "gold": 2.25}]},
         "dpo": {"gold": 1.711, "win_rate": 0.7741, "win_interval": [0.739, 0.808], "kl": 4.87, "length": 22.9, "samples": []},
     },
+    "best_of_n": [{"n": 1, "kl": 0.0, "gold": 0.4, "proxy": 0.0}, {"n": 4, "kl": 0.64, "gold": 0.9, "proxy": 1.1}],
     "frontier": [{"beta": b, "gold": 0.4 + 0.75 * math.sqrt(k), "kl": k, "ess": 40.0} for b, k in ((2, 0.5), (1, 2), (0.5, 4), (0.25, 8))],
     "seconds": {"data": 4.1, "tokenizer": 2.2, "pretrain": 101.4, "sft": 22.0, "reward": 18.3, "ppo": 74.9, "dpo": 21.7, "evaluation": 12.9, "total": 257.5},
     "peak_rss_mib": 1843,
@@ -271,3 +272,15 @@ def test_numbers_for_people(x, text):
 def test_markup_escapes_all_but_itself():
     assert tag("p", "<b>", tag("i", "&"), None, class_='"x"', cx=1.25, r=2) == '<p class="&quot;x&quot;" cx="1.2" r="2">&lt;b&gt;<i>&amp;</i></p>'
     assert isinstance(tag("p"), Html)
+
+
+def test_what_else_was_judged(tmp_path):
+    evaluation = json.loads(json.dumps(EVALUATION))
+    evaluation["policies"]["grpo"] = {"gold": 1.5, "kl": 3.0, "alignment_tax": 0.0123, "samples": [{"prompt": "p", "completion": "c", "gold": 1.0}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    with RunLog(tmp_path / "reward") as log:
+        for i in range(3):
+            log.metrics(i + 1, {"loss": 1.0 / (i + 1)})
+    page = check(write(tmp_path))
+    for word in ("Calibration", "Best of n by the learned reward", "distinct-2", "0.432", "alignment tax", "0.0123", "GRPO"):
+        assert word in page.text, word

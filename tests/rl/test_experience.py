@@ -276,7 +276,7 @@ def test_an_ensemble_combines_what_its_members_say():
     scorers = [rewards.learned(tiny.SCALAR, p) for p in members]
     each = np.stack([s(rollout, None) for s in scorers])
     assert each.std(0).min() > 0
-    wants = {"mean": each.mean(0), "min": each.min(0), "median": np.median(each, 0), "mean_less_variance": each.mean(0) - 0.7 * each.var(0), "mean_less_std": each.mean(0) - 0.7 * each.std(0)}
+    wants = {"mean": each.mean(0), "min": each.min(0), "median": np.median(each, 0), "mean_less_variance": each.mean(0) - 0.7 * each.var(0), "mean_less_std": each.mean(0) - 0.7 * each.std(0), "apart": each.T}
     assert wants.keys() == rewards.COMBINE.keys()
     for how, want in wants.items():
         np.testing.assert_allclose(rewards.ensemble(scorers, how, 0.7)(rollout, None), want, rtol=1e-5)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jaxalign import shard
+from jaxalign import build, shard
 from jaxalign.ops import advantage, masked
 from jaxalign.ops.logprob import targets
 from jaxalign.rl import reinforce
@@ -237,12 +237,12 @@ def says(rollout, prompts):
 HOW = Sampling(3, (3,))
 
 
-def source(rounds, scorer=says, rival=None, **more):
+def source(rounds, scorer=says, rival=None, mesh=MESH, **more):
     def keep(params, reference, rollout, scores, beta):
         exp, m = group_experience(tiny.LLAMA, params, None, rollout, scores, group=2 if rival is None else 3, max_new=3, scale_rewards="none")
         return exp._replace(ref_logp=jnp.asarray(rollout.row)[:, None] * jnp.ones((1, 4)), logp=exp.logp), m
 
-    return OnlineSource(PromptSource(), tiny.LLAMA, scorer, HOW, MESH, keep, group=2, rounds=rounds, rival=rival, **more)
+    return OnlineSource(PromptSource(), tiny.LLAMA, scorer, HOW, mesh, keep, group=2, rounds=rounds, rival=rival, **more)
 
 
 def rows(exp):
@@ -270,6 +270,7 @@ def test_a_bound_ends_it():
     s = source(2)
     exp, m = s.next(learner()), s.metrics()
     assert m["dynamic_sampling/missing_groups"] == 1 and m["dynamic_sampling/rounds"] == 2
+    assert s.events() == [{"kind": "short_batch", "groups": 3, "wanted": 4, "prompts": 8}] and s.events() == []
     mask = np.asarray(exp.mask)
     assert mask[:6].any(1).all() and not mask[6:].any() and not np.asarray(exp.advantages)[6:].any()
     close(m["completions/mean_length"], mask[:6].sum() / 6)
@@ -279,6 +280,49 @@ def test_a_bound_ends_it():
         source(3, lambda rollout, prompts: jnp.ones(8)).next(learner())
     with pytest.raises(UserError, match="two or more"):
         OnlineSource(PromptSource(), tiny.LLAMA, says, HOW, MESH, None, rounds=2)
+
+
+def test_rounds_on_four_devices():
+    """Rows move between devices where a batch is filled over several rounds, and come out the same."""
+    mesh = shard.make_mesh({}, jax.devices()[:4])
+    place = lambda s: SimpleNamespace(params=jax.device_put(s.params, shard.replicated(mesh)), key=s.key, step=s.step)
+    scorer = lambda rollout, prompts: shard.place(np.asarray(says(rollout, prompts)), mesh)
+    apart, alone = source(10, scorer, mesh=mesh), source(10)
+    want, spread = alone.next(learner()), place(learner())
+    with jax.set_mesh(mesh):
+        got = apart.next(spread)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    close(got.advantages, want.advantages)
+    assert len(got.tokens.devices()) == 4 and apart.metrics()["dynamic_sampling/rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    "name, change, named",
+    [
+        ("grpo", {"rl.group": 1}, "rl.group 1"),
+        ("grpo", {"rl.importance_form": "token"}, "did you mean 'token_"),
+        ("reinforce_pp", {"rl.baseline": "groups"}, "did you mean 'group'"),
+        ("ppo", {"rl.scale_score": "std"}, "rl.scale_score 'std'"),
+        ("ppo", {"rl.controller": "zieg"}, "rl.controller 'zieg'"),
+        ("ppo", {"rl.whiten_form": "n"}, "rl.whiten_form 'n'"),
+    ],
+)
+def test_what_could_never_run_is_refused(name, change, named):
+    c = build.base("x")
+    c.stage = build.stage(name, data={"path": "x.jsonl"})
+    for k, v in change.items():
+        section, field = k.split(".")
+        c.stage[section][field] = v
+    with pytest.raises(UserError, match=named):
+        build.check(c)
+
+
+def test_names_bring_their_own_defaults():
+    """What the paper has and the family has not is said by the method, not left to a preset."""
+    rl = {n: build.stage(n).rl for n in ("dapo", "rloo", "dr_grpo", "remax", "reinforce_pp_baseline", "a2c")}
+    assert rl["dapo"].dynamic_rounds and rl["dapo"].mask_truncated and build.stage("dapo").objective.clip_high == 0.28
+    assert (rl["rloo"].scale_rewards, rl["rloo"].beta, rl["dr_grpo"].scale_rewards) == ("rloo", 0.05, "none")
+    assert (rl["remax"].group, rl["reinforce_pp_baseline"].baseline, rl["a2c"].epochs) == (1, "group", 1)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

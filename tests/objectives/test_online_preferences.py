@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jaxalign import config
-from jaxalign.objectives import lm, online, preference
+from jaxalign import config, tree
+from jaxalign.objectives import dpo_variants, lm, online, preference
 from jaxalign.types import Duels, RivalPairs
 
 torch = pytest.importorskip("torch")
@@ -100,9 +100,22 @@ def test_a_loss_of_pairs_is_the_same_on_ones_own():
         theirs = tiny.gradient(getattr(preference, name)(tiny.LLAMA, **options))(params, batch)
         np.testing.assert_array_equal(ours[0], theirs[0])
         assert tiny.far(ours[2]["policy"], theirs[2]) == 0
+    # State of its own (a running shift), and a reference that moves: where the policy's adapters have a frozen base, beside that
+    shift = config.method("online_bco_pair").maker(tiny.LLAMA)
+    aux = shift.init_aux({"policy": params})
+    np.testing.assert_array_equal(jax.tree.leaves(aux), jax.tree.leaves(dpo_variants.bco_pair(tiny.LLAMA).init_aux(params)))
+    moving, alone = config.method("online_tr_dpo").maker(tiny.LLAMA), dpo_variants.tr_dpo(tiny.LLAMA)
+    keys = sorted(tree.flat(params))
+    trained, base = (tree.unflat({k: tree.flat(params)[k] for k in keys[i::2]}) for i in range(2))
+    wrapped = lambda t: {"policy": t}  # noqa: E731
+    ours = moving.loss(wrapped(params), {"base": wrapped(base)}, moving.init_aux(wrapped(trained)), batch, None, {})
+    theirs = alone.loss(params, {"base": base}, alone.init_aux(trained), batch, None, {})
+    np.testing.assert_array_equal(jax.tree.leaves(ours.terms), jax.tree.leaves(theirs.terms))
     rows = tiny.rows(np.random.default_rng(2), 8, 12)
     routed = online.raft(tiny.EXPERTS)  # with `stats`: the load of experts over the whole batch
     ours = tiny.gradient(routed)({"policy": tiny.init(tiny.EXPERTS)}, rows)[0]
     np.testing.assert_array_equal(ours, tiny.gradient(lm.lm(tiny.EXPERTS))(tiny.init(tiny.EXPERTS), rows)[0])
+    with pytest.raises(config.UserError, match="way of its own"):
+        config.method("online_ld_dpo").maker(tiny.LLAMA)
     with pytest.raises(config.UserError, match="package.module:name"):
         config.method("online_reward_pairs")

@@ -1,0 +1,182 @@
+"""Rewards that can be checked: numbers, expressions, patterns, JSON, code, forms and lengths.
+
+Each is a function (prompt, completion, record) -> float in [0, 1] that a config names by import path ("jaxalign.rl.verify:number"); what
+is right stands in the row of the data: "answer", "pattern", "schema", "tests" or "cases". Your own need one line more: a module with
+`strict = functools.partial(...)`. Imports no jax: the processes that score start quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from fractions import Fraction
+from typing import Any
+
+from jaxalign.rl import expressions, sandbox
+from jaxalign.types import UserError
+
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?\s*%?")
+
+
+def _wanted(record: dict, *names: str) -> Any:
+    for n in names:
+        if record.get(n) is not None:
+            return record[n]
+    raise ValueError(f"the record has no {' or '.join(map(repr, names))} to check the answer against; its fields are {sorted(record)}")
+
+
+# -- where the answer stands ------------------------------------------------------------------------------------------
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} holds, brackets inside it and all; None where there is none (or it never closes)."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start + 6, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if not depth:
+            return text[start + 7 : i].strip()
+    return None
+
+
+def marked(text: str) -> str | None:
+    """What follows the last "####" on its line (GSM8K's form)."""
+    _, found, rest = text.rpartition("####")
+    return rest.strip().split("\n")[0].strip() or None if found else None
+
+
+def tagged(text: str) -> str | None:
+    """What the last <answer> ... </answer> holds."""
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+def final_answer(text: str) -> str:
+    """The answer in a text: boxed, marked, tagged, in this order; else the text itself."""
+    return next((x for x in (boxed(text), marked(text), tagged(text)) if x is not None), text)
+
+
+# -- numbers and expressions ------------------------------------------------------------------------------------------
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text, exactly: 1,234.50, -3, 3/4, 12%, 6.02e23. None where there is none."""
+    found = [m[0] for m in _NUMBER.finditer(text) if any(c.isdigit() for c in m[0])]
+    return _exact(found[-1]) if found else None
+
+
+def _exact(said: str) -> Fraction | None:
+    top, _, bottom = said.replace(",", "").replace(" ", "").rstrip("%").partition("/")
+    try:
+        return Fraction(top) / (Fraction(bottom) if bottom else 1) / (100 if "%" in said else 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def number(prompt: str, completion: str, record: dict) -> float:
+    """1 if the last number of the final answer is that of record["answer"] (or "solution", "target"; a text that ends with it, as
+    GSM8K's, will do); within record["tolerance"] of it, relative, where that is given, else exactly."""
+    want = _wanted(record, "answer", "solution", "target")
+    want, got = last_number(final_answer(str(want))), last_number(final_answer(completion))
+    if want is None:
+        raise ValueError(f"the record's answer holds no number: {record}")
+    within = Fraction(str(record.get("tolerance", 0))) * abs(want)
+    return float(got is not None and abs(got - want) <= within)
+
+
+def number_in_form(prompt: str, completion: str, record: dict) -> float:
+    """`number`, and 0 where the answer is neither boxed nor marked by "####" nor tagged: guessing by rambling does not pay."""
+    return number(prompt, completion, record) if any(f(completion) is not None for f in (boxed, marked, tagged)) else 0.0
+
+
+def expression(prompt: str, completion: str, record: dict) -> float:
+    """1 if the final answer is the same expression as record["answer"]: 2(x+1) and 2x + 2, \\frac{1}{2} and 0.5 (`expressions.equal`)."""
+    want = final_answer(str(_wanted(record, "answer", "solution", "target")))
+    return float(expressions.equal(final_answer(completion), want))
+
+
+# -- patterns, JSON and forms -----------------------------------------------------------------------------------------
+
+
+def regex(prompt: str, completion: str, record: dict) -> float:
+    """1 if record["pattern"] is found in the completion. A pattern that backtracks for ever is ended by rl.reward_timeout."""
+    return float(re.search(_wanted(record, "pattern"), completion, re.DOTALL) is not None)
+
+
+def fenced(text: str, *languages: str) -> str:
+    """The last ```-block of one of the languages (or of none named), else the text itself."""
+    found = [body for kind, body in re.findall(r"```[ \t]*(\w*)[ \t]*\n(.*?)```", text, re.DOTALL) if kind.lower() in (*languages, "")]
+    return found[-1] if found else text
+
+
+def json_schema(prompt: str, completion: str, record: dict) -> float:
+    """1 if the completion (or its last ```json block) is JSON that record["schema"] allows; without a schema any JSON. References
+    to other documents are not followed."""
+    try:
+        value = json.loads(fenced(completion, "json"), parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return 0.0
+    if record.get("schema") is None:
+        return 1.0
+    try:
+        import jsonschema
+        import referencing
+    except ImportError:
+        raise UserError('rewards by JSON schema need jsonschema: pip install "jaxalign[metrics]"') from None
+    kind = jsonschema.validators.validator_for(record["schema"], default=jsonschema.Draft202012Validator)
+    kind.check_schema(record["schema"])
+    return float(kind(record["schema"], registry=referencing.Registry()).is_valid(value))
+
+
+def _refuse(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+_THINK = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
+
+
+def think_answer(prompt: str, completion: str, record: dict) -> float:
+    """1 if the completion is <think> ... </think> <answer> ... </answer> and nothing else, each once (DeepSeek-R1, 2501.12948)."""
+    return float(_THINK.fullmatch(completion) is not None)
+
+
+def think_tags(prompt: str, completion: str, record: dict) -> float:
+    """A quarter for each of the four tags that stands there exactly once: a slope towards `think_answer`."""
+    return sum(completion.count(t) == 1 for t in ("<think>", "</think>", "<answer>", "</answer>")) / 4
+
+
+# -- lengths ----------------------------------------------------------------------------------------------------------
+
+
+def words(prompt: str, completion: str, record: dict) -> float:
+    """1 with record["min_words"] to record["max_words"] words (either may be missing), falling to 0 at none or at twice as many."""
+    n, least, most = len(completion.split()), record.get("min_words", 0), record.get("max_words", math.inf)
+    return n / least if n < least else max(0.0, 2 - n / most) if n > most else 1.0
+
+
+def soft_overlong(length: int, most: int, cache: int) -> float:
+    """DAPO's punishment (2503.14476, eq. 13): 0 up to most - cache tokens, falling to -1 at `most`, -1 beyond."""
+    return 0.0 if length <= most - cache else -1.0 if length > most else (most - cache - length) / cache
+
+
+def overlong(prompts: list[str], completions: list[str], records: list[dict], completion_ids: list[list[int]]) -> list[float]:
+    """`soft_overlong` of each completion's tokens, with record["max_tokens"] and record["cache"] (a fifth of it, as in the paper)."""
+    most = [int(_wanted(r, "max_tokens")) for r in records]
+    return [soft_overlong(len(ids), m, int(r.get("cache") or max(1, m // 5))) for ids, m, r in zip(completion_ids, most, records)]
+
+
+# -- code -------------------------------------------------------------------------------------------------------------
+
+
+def code(prompt: str, completion: str, record: dict) -> float:
+    """Runs the completion's last ```python block in `sandbox.run`: 1 if record["tests"] (asserts that follow it) pass, or the share of
+    record["cases"], [{"input": ..., "output": ...}], whose output it prints. record["seconds"] is what one run may take (5)."""
+    program, seconds = fenced(completion, "python", "py"), float(record.get("seconds", 5.0))
+    if record.get("tests") is not None:
+        return float(sandbox.passes(program, str(record["tests"]), seconds=seconds))
+    cases = _wanted(record, "cases", "tests")
+    lines = lambda s: [x.rstrip() for x in str(s).rstrip().split("\n")]
+    return sum(lines(sandbox.run(program, str(c["input"]), seconds=seconds).stdout) == lines(c["output"]) for c in cases) / len(cases)
