@@ -33,6 +33,6 @@ def get_config(arg=None):
             "ilql",
             data=dict(path="episodes.jsonl", batch_size=128, standardise=True),
             train=dict(steps=1000, save_every=200),
-            optim=dict(lr=5e-5, schedule="constant", b1=0.9, b2=0.95, weight_decay=1e-6),
+            optim=dict(lr=5e-5, schedule="constant", b1=0.9, b2=0.95, weight_decay=1e-6, max_grad_norm=None),
         )
     return c

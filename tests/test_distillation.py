@@ -81,3 +81,23 @@ def test_pieces_of_the_vocabulary():
     for k in one[1]:
         np.testing.assert_allclose(one[1][k], many[1][k], rtol=1e-5)
     assert tiny.far(many[2], one[2]) < 1e-5
+
+
+def test_a_reward_model_of_another_size(data, tmp_path):
+    """Of its own shape, as its run directory says; with another tokenizer it is refused."""
+    with runs.devices(1):
+        c = runs.config("reward", data)
+        c.model.update(dim=24, layers=2, hidden=40)
+        c.stage.train.steps = 1
+        runs.train(c, tmp_path / "judge")
+        p = runs.config("grpo", data)
+        p.stage.rl.reward, p.stage.train.steps = str(tmp_path / "judge"), 1
+        s, _ = runs.train(p, tmp_path / "policy")
+        row = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[-1])
+        assert np.isfinite(row["reward"]) and row["reward_std"] > 0 and s.model.config.dim == 16
+        said = json.loads((tmp_path / "judge/config.json").read_text())
+        said["tokenizer"] |= {"train_on": str(data / "text.jsonl"), "kind": "bpe"}
+        said["model"]["vocab"] = 300
+        (tmp_path / "judge/config.json").write_text(json.dumps(said))
+        with pytest.raises(UserError, match="tokenizer"):
+            build.make_stage(build.world(p, tmp_path / "again"), "grpo", p.stage, tmp_path / "again")

@@ -36,7 +36,7 @@ def main(fv, rest):
     if not rest:
         for name in runner.names():
             r = runner.load(name)
-            print(f"{name:16} {r.title} ({', '.join(r.figures)}; {r.seeds} seeds)")
+            print(f"{name:18} {r.title}: {len(r.figures)} figures, {r.seeds} seeds")
         return
     if len(rest) > 1:
         raise UserError(f"one reproduction at a time, got {', '.join(rest)}")

@@ -49,8 +49,9 @@ class Scalar:
 
 
 def _mlp(dim: int, out: int) -> dict:
-    """D -> 2D -> out with a ReLU, as ILQL's authors and trlX have it."""
-    draw = lambda n: nn.normal(n**-0.5)
+    """D -> 2D -> out with a ReLU, as ILQL's authors and trlX have it, drawn with the variance of their Linear layers. Tokens that the
+    data never takes keep what Q they were drawn with, but for the conservative loss: it had better be small."""
+    draw = lambda n: nn.normal((3 * n) ** -0.5)
     return {
         "up": {"w": Spec((dim, 2 * dim), ("embed", "mlp"), draw(dim)), "b": Spec((2 * dim,), ("mlp",))},
         "down": {"w": Spec((2 * dim, out), ("mlp", "vocab" if out > 1 else None), draw(2 * dim)), "b": Spec((out,), (None,))},

@@ -5,16 +5,18 @@ One seed by hand, or one arm of it:
     jaxalign pipeline --config=jaxalign/reproduce/arithmetic.py --workdir=runs/arithmetic
     jaxalign pipeline --config=jaxalign/reproduce/arithmetic.py:grpo --workdir=runs/arithmetic-grpo
 
-A small model sees a few demonstrations of a + b with two digits each, and stops while most of its answers are wrong. From
-there GRPO samples answers and is told which are right; SFT, from the same weights, is given the right answer to as many
-problems as GRPO samples answers. Held-out problems are in nobody's training data.
+Problems are a + b with two digits each; whoever wrote the demonstrations got four digits in ten wrong. A small model imitates them,
+mistakes and all. From there GRPO samples answers and is told which are right. Beside it SFT goes on from the same weights, on as
+many answers as GRPO samples: of the same writers (more_sft), or all of them right (right_sft), which nobody had to give GRPO. Held-out problems
+are in nobody's training data.
 """
 
 from jaxalign import build
-from jaxalign.reproduce.runner import Claim, Reproduction, curve, first, last
+from jaxalign.reproduce.runner import Claim, Reproduction, curve, last
 
-ARMS = ("grpo", "more_sft")
-UPDATES, PROMPTS, GROUP = 300, 32, 8
+ARMS = ("grpo", "more_sft", "right_sft")
+UPDATES, PROMPTS, GROUP = 200, 32, 8
+ANSWERS = UPDATES * PROMPTS * GROUP
 
 
 def get_config(arg=None):
@@ -23,40 +25,39 @@ def get_config(arg=None):
     c.tokenizer.path = "data/tokenizer.json"
     c.world = {
         "name": "jaxalign.tasks.arithmetic:World",
-        "options": {"digits": 2, "terms": 2, "operations": "+"},
-        "sizes": {"sft": 20000, "sft_eval": 500, "prompts": 20000, "answers": UPDATES * PROMPTS * GROUP, "prompts_eval": 500},
+        "options": {"digits": 2, "terms": 2, "operations": "+", "mistakes": 0.4},
+        "sizes": {"sft": 100_000, "sft_eval": 500, "prompts": UPDATES * PROMPTS, "more_sft": ANSWERS, "answers": ANSWERS, "prompts_eval": 500},
         "samples": 1000,
         "sampling": {"max_new": 5},
         "frontier": {"prompts": 20, "each": 64},
-        "watch": {"each": 1},
+        "watch": {"each": 2},
     }
+    rows = dict(batch_size=PROMPTS * GROUP, seq_len=12, packing="pad")
     train = dict(steps=UPDATES, eval_every=20, save_every=100, keep=1, log_every=5)
-    supervised = dict(batch_size=256, seq_len=12, packing="pad")
-    c.stages = {
-        "sft": build.stage(
-            "lm",
-            data=dict(supervised, path="data/sft.jsonl", eval_path="data/sft_eval.jsonl"),
-            train=dict(steps=400, eval_every=50, keep=1, log_every=10),
-            optim=dict(lr=1e-3, schedule="constant", warmup=20),
-        ),
-        "grpo": build.stage(
+    falling = dict(schedule="linear", end=0.0, warmup=10)
+    more = lambda path: build.stage("lm", init="sft", data=dict(rows, path=path), train=train, optim=dict(falling, lr=1e-3))
+    make = {
+        "grpo": lambda: build.stage(
             "grpo",
             init="sft",
             data=dict(path="data/prompts.jsonl", batch_size=PROMPTS),
             train=train,
-            optim=dict(lr=5e-4, schedule="constant", warmup=10),
+            optim=dict(falling, lr=3e-4),
             rl=dict(reward="jaxalign.tasks.arithmetic:verify", group=GROUP),
             sampling=dict(max_new=5),
         ),
-        "more_sft": build.stage(
-            "lm",
-            init="sft",
-            data=dict(supervised, path="data/answers.jsonl"),
-            train=train,
-            optim=dict(lr=1e-3, schedule="constant", warmup=10),
-        ),
+        "more_sft": lambda: more("data/more_sft.jsonl"),
+        "right_sft": lambda: more("data/answers.jsonl"),
     }
     c.order = ("sft", *(a for a in ARMS if arm in ("", a)))
+    c.stages = {
+        "sft": build.stage(
+            "lm",
+            data=dict(rows, path="data/sft.jsonl", eval_path="data/sft_eval.jsonl"),
+            train=dict(steps=1000, eval_every=100, save_every=250, keep=1, log_every=10),
+            optim=dict(lr=3e-3, schedule="linear", end=0.0, warmup=50, b2=0.99, weight_decay=0.1),
+        )
+    } | {a: make[a]() for a in c.order[1:]}
     return c
 
 
@@ -64,12 +65,13 @@ REPRODUCTION = Reproduction(
     title="Sums from a verifier",
     get_config=get_config,
     curves={a: curve(a, "eval/gold") for a in ARMS},
-    figures={"start": last("sft", "eval/gold", n=1), **{a: last(a, "eval/gold") for a in ARMS}},
+    figures={"start": last("sft", "eval/gold", n=1), **{a: last(a, "eval/gold", n=2) for a in ARMS}},
     x="updates, of 256 answers each",
     y="exact match on held-out problems, sampled at temperature 1",
     tolerance=0.05,
     claims=(
-        Claim("start", 0.0, 0.3, "where the arms begin"),
-        Claim("grpo", 0.9, 1.0, "what a verifier alone should teach"),
+        Claim("start", 0.0, 0.3, "where the arms begin: 0.6 to the number of digits"),
+        Claim("grpo", 0.9, 1.0, "what a verifier should be able to teach"),
+        Claim("more_sft", 0.0, 0.3, "imitation stays with those it imitates"),
     ),
 )

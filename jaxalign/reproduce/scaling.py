@@ -3,9 +3,9 @@
 One budget and size by hand (after the run of the data and the vocabulary, which is that of no argument):
 
     jaxalign pipeline --config=jaxalign/reproduce/scaling.py --workdir=runs/scaling/data
-    jaxalign pipeline --config=jaxalign/reproduce/scaling.py:c1n2 --workdir=runs/scaling/c1n2
+    jaxalign pipeline --config=jaxalign/reproduce/scaling.py:c1_32x2 --workdir=runs/scaling/c1_32x2
 
-Four budgets of 6 N D training FLOPs, four sizes N of each, the schedule's end at the end of the run. To the losses of a budget a parabola in log N is fitted, and a line to the four minima (2203.15556, section 3.2);
+Four budgets of 6 N D training FLOPs, four or five sizes N of each, the schedule's end at the end of the run. To the losses of a budget a parabola in log N is fitted, and a line to the four minima (2203.15556, section 3.2);
 to all of them the law E + A / N^alpha + B / D^beta (section 3.3); both again with runs drawn with replacement. N counts the embeddings.
 """
 
@@ -19,17 +19,18 @@ from jaxalign.reproduce.runner import Claim, Reproduction, Seed
 
 VOCAB, SEQ_LEN, BATCH = 512, 128, 16
 BUDGETS = (1e11, 3e11, 9e11, 2.7e12)
-SHAPES = ((16, 1), (24, 1), (32, 2), (48, 2), (64, 2), (96, 2), (128, 3))  # dim, layers
-TRIED = ((0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (3, 4, 5, 6))  # which of them at each budget
-ROWS = 100_000  # of text, about 4.5 million tokens: one of the sixteen runs reads it a second time
+# (dim, layers) tried at each budget: from half to twice the best, for far from it the loss is no parabola
+TRIED = (
+    ((16, 1), (24, 1), (32, 1), (32, 2)),
+    ((24, 1), (32, 1), (32, 2), (48, 2)),
+    ((32, 2), (40, 2), (48, 2), (64, 2)),
+    ((40, 2), (48, 2), (64, 2), (80, 2), (96, 2)),
+)
+ROWS = 100_000  # of text, about 4.5 million tokens: two of the seventeen runs read it a second time
 TEXT = "data/pretrain.jsonl"
 
 
-def shape_of(i: int) -> scaling.Shape:
-    return scaling.shaped(VOCAB, *SHAPES[i])
-
-
-RUNS = {f"c{c}n{i}": (BUDGETS[c], shape_of(i)) for c, tried in enumerate(TRIED) for i in tried}
+RUNS = {f"c{c}_{dim}x{layers}": (BUDGETS[c], scaling.shaped(VOCAB, dim, layers)) for c, tried in enumerate(TRIED) for dim, layers in tried}
 
 
 def steps_of(flops: float, shape: scaling.Shape) -> int:
@@ -39,7 +40,7 @@ def steps_of(flops: float, shape: scaling.Shape) -> int:
 def get_config(arg=None):
     arg = build.preset(arg, "data", *RUNS)
     first = arg in ("", "data")
-    flops, shape = (None, shape_of(0)) if first else RUNS[arg]
+    flops, shape = (None, scaling.shaped(VOCAB, *TRIED[0][0])) if first else RUNS[arg]
     c = build.base("scaling", vocab=VOCAB, dim=shape.dim, layers=shape.layers, heads=shape.heads, hidden=shape.hidden, max_len=SEQ_LEN)
     at = "data/" if first else "../data/data/"
     if first:

@@ -85,7 +85,8 @@ def rival_pairs(model: Model, params, reference, rollout: Rollout, scores, *, gr
     pairs, best, metrics = _pairs(model, reference, rollout, score, group + 1)
     s = grouped(score, group + 1)
     metrics |= {"objective/model_scores": jnp.nanmean(s[:, :group]), "objective/ref_scores": jnp.nanmean(s[:, group])}
-    return RivalPairs(*pairs[:5], (best == group).astype(jnp.float32)), _f32(metrics)
+    both = {k: getattr(pairs, k) for k in RivalPairs._fields if k in Pairs._fields}
+    return RivalPairs(**both, rival_won=(best == group).astype(jnp.float32)), _f32(metrics)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("group", "temperature", "missing_eos_penalty", "clip_score"))

@@ -37,12 +37,14 @@ def verify(prompt: str, completion: str, record: Mapping | None = None) -> float
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Problems of `terms` operands below 10 ** digits, joined by any of `operations`."""
+    """Problems of `terms` operands below 10 ** digits, joined by any of `operations`. Whoever writes the demonstrations gets each
+    digit of an answer wrong with probability `mistakes`."""
 
     seed: int = 0
     digits: int = 2
     terms: int = 2
     operations: str = "+"
+    mistakes: float = 0.0
 
     def problems(self, n: int, seed: int, split: str = "train") -> list[dict]:
         """n draws (a problem may return) of {"prompt", "answer"}. No problem is in both splits, at any seed."""
@@ -58,25 +60,35 @@ class World:
                 out.append({"prompt": prompt, "answer": str(solve(prompt))})
         return out
 
+    def demonstrations(self, n: int, seed: int, split: str = "train") -> list[dict]:
+        """n of {"prompt", "completion"}: the problems of `problems`, answered with the writers' mistakes."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(b"mistakes"), seed])
+        slip = lambda c: str((int(c) + rng.integers(1, 10)) % 10) if c != "-" and rng.random() < self.mistakes else c
+        return [{"prompt": p["prompt"], "completion": "".join(map(slip, p["answer"]))} for p in self.problems(n, seed, split)]
+
     def gold_rewards(self, prompts: Sequence[str], completions: Sequence[str], records: Sequence | None = None) -> np.ndarray:
         return np.array([verify(p, c) for p, c in zip(prompts, completions, strict=True)])
 
     def demonstration_log_prob(self, prompt: str, completion: str) -> float:
-        """There is one answer, and its end: ln 1, or ln 0."""
-        return 0.0 if verify(prompt, completion) else -math.inf
+        """Exact ln p(completion, then its end | prompt) of those who demonstrate."""
+        right = str(solve(prompt))
+        if len(right) != len(completion) or any((a == "-") != (b == "-") or not (b in ALPHABET[:10] or b == "-") for a, b in zip(right, completion)):
+            return -math.inf
+        chances = [1.0 if a == "-" else 1 - self.mistakes if a == b else self.mistakes / 9 for a, b in zip(right, completion)]
+        return math.fsum(math.log(p) if p else -math.inf for p in chances)
 
     def log_prob(self, text: str) -> float:
         return -math.inf  # of a problem nobody asked for: not told here
 
     def write_all(self, directory: str | Path, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Path]:
-        """Writes JSON Lines, and the tokenizer of 16 ids. sizes: rows of sft and sft_eval ({"prompt", "completion"}), prompts and
-        prompts_eval ({"prompt", "answer"}), answers (the problems of prompts, with their answers as completions)."""
-        solved = lambda rows: [{"prompt": r["prompt"], "completion": r["answer"]} for r in rows]
+        """Writes JSON Lines, and the tokenizer of 16 ids. sizes: rows of sft, more_sft and sft_eval (`demonstrations`), answers (the
+        problems of more_sft, answered right), prompts and prompts_eval ({"prompt", "answer"})."""
         makers = {
-            "sft": lambda n: solved(self.problems(n, 4 * seed)),
+            "sft": lambda n: self.demonstrations(n, 4 * seed),
+            "more_sft": lambda n: self.demonstrations(n, 4 * seed + 1),
+            "answers": lambda n: [{"prompt": p["prompt"], "completion": p["answer"]} for p in self.problems(n, 4 * seed + 1)],
             "prompts": lambda n: self.problems(n, 4 * seed + 1),
-            "answers": lambda n: solved(self.problems(n, 4 * seed + 1)),
-            "sft_eval": lambda n: solved(self.problems(n, 4 * seed + 2, "eval")),
+            "sft_eval": lambda n: self.demonstrations(n, 4 * seed + 2, "eval"),
             "prompts_eval": lambda n: self.problems(n, 4 * seed + 3, "eval"),
         }
         if unknown := set(sizes) - set(makers):

@@ -43,6 +43,20 @@ def test_the_arithmetic_files(tmp_path):
     assert t.vocab_size == 16 and t.decode(t.encode("12+3*4=24")) == "12+3*4=24"
 
 
+def test_careless_writers(tmp_path):
+    w = arithmetic.World(mistakes=0.3, operations="+-")
+    rows = w.demonstrations(3000, 1)
+    right = [(r["completion"], str(arithmetic.solve(r["prompt"]))) for r in rows]
+    digits = [a == b for said, true in right for a, b in zip(said, true, strict=True) if b != "-"]
+    assert 1 - sum(digits) / len(digits) == pytest.approx(0.3, abs=0.03)  # 0.46 / sqrt(5000) = 0.0065
+    assert [r["prompt"] for r in rows] == [p["prompt"] for p in w.problems(3000, 1)]
+    # what they write has the probability that they say it has: of one digit, all nine mistakes and the right one
+    assert sum(arithmetic.math.exp(w.demonstration_log_prob("3+4=", str(d))) for d in range(10)) == pytest.approx(1)
+    assert arithmetic.math.exp(w.demonstration_log_prob("3-5=", "-2")) == pytest.approx(0.7)
+    assert w.demonstration_log_prob("3-5=", "2") == w.demonstration_log_prob("9+9=", "1") == -arithmetic.math.inf
+    assert arithmetic.World().demonstration_log_prob("3+4=", "8") == -arithmetic.math.inf
+
+
 def test_increasing():
     # over max(words, 20 / 2): three of the first run, in ten; a run of twelve in twelve words; a word that is no number counts as a word
     assert synthetic.increasing("1 2 3 2 9") == 0.3
