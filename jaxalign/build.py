@@ -372,7 +372,7 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> 
         return f.training(adapted, unembed=False)
     if "rl" in c:
         named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r and "judge=" not in r]
-        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=c.objective.get("beta", 1) > 0)
+        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=any(d["beta"] for d in (c.objective, c.rl) if "beta" in d))
     return f.training(adapted) + (f.forward() if isinstance(source, WithReference) else 0.0)
 
 
