@@ -151,7 +151,7 @@ def iteration(s: build.Stage) -> Iteration:
     """Of a stage of shapes. Raises UserError for an online source that this file does not know."""
     model = s.world.model
     state, step = s.begin()
-    resident = {"params": state.params, "optimizer": state.opt_state, "frozen": s.frozen}
+    resident = {"params": state.params, "optimizer": state.opt_state, "aux": state.aux, "frozen": s.frozen}
     flops = getattr(model, "flops_per_token", lambda length: 0.0)
     if isinstance(s.source, OnlineSource):
         return _online(s, state, step, resident, flops)
