@@ -154,10 +154,10 @@ def _reward(w, world, c, name: str) -> dict:
     if c.data.kind == "steps":
         return _steps(policy.judged_steps(scalar, params, source, w.mesh))
     records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
-    return _comparisons(world, source, policy.candidate_scores(scalar, params, source, w.mesh), records)
+    return _comparisons(world, w.mesh, source, policy.candidate_scores(scalar, params, source, w.mesh), records)
 
 
-def _comparisons(world, source, judged: list, records: list[dict]) -> dict:
+def _comparisons(world, mesh, source, judged: list, records: list[dict]) -> dict:
     """Accuracy on all strict pairs, calibration, and what it goes with."""
     from jaxalign.evals import agreement, calibration, policy, stats
 
@@ -187,7 +187,7 @@ def _comparisons(world, source, judged: list, records: list[dict]) -> dict:
         out |= {"temperature": calibration.temperature(margins, zero)} | {f"{k}_at_temperature": v for k, v in calibration.calibration(cooled, 0 * cooled)._asdict().items()}
     within = lambda each: np.concatenate([np.asarray(x, float) - np.mean(x) for x in each])  # what prompts differ in says nothing of answers
     scores = within([s for s, _ in judged])
-    lengths = policy.candidate_lengths(source)
+    lengths = policy.candidate_lengths(source, mesh)
     if [len(x) for x in lengths] == [len(s) for s, _ in judged]:
         out["length_correlation"] = stats.pearson(scores, within(lengths))
     whole = len(records) == len(judged)  # else some rows were left out, and which one an answer is from is not known
@@ -307,7 +307,7 @@ def _policies(w, world, config, names: list[str], beta: float, judge: tuple | No
     how = build.sampling(w, config.world.sampling)
     reference = build.load_params(w, "sft", w.model.specs(), "evaluation")
     got, gold, loss = {}, {}, {}
-    text = config.stages.get("pretrain")
+    text = build.stages(config).get("pretrain")
     measure = _meter(w, text) if text is not None and text.objective.name == "lm" and text.data.eval_path else None
     for name in names:
         model = build.valued(w, w.stage_dir(name), beta).model
