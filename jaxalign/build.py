@@ -404,6 +404,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if rl.combine == "weights":
         if len(learned) < len(named):
             raise UserError(f"{name}: rl.combine weights averages reward models, and {[r for r in named if r not in learned]} are functions; choose another way, or leave them out")
+        if len(set(networks.values())) > 1:
+            raise UserError(f"{name}: rl.combine weights averages models of one shape, and {', '.join(named)} differ; choose another way")
         learned = {named[0]: rewards.averaged(list(learned.values())) if w.imagined is None else learned[named[0]]}
         named = named[:1]
     # Not their heads: scores are compared at a finer grain than bf16 has.
