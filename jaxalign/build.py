@@ -473,6 +473,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
     if rl.environment:
+        if w.imagined is not None:
+            raise UserError(f"{name}: plan does not know how long conversations with an environment are; leave rl.environment empty")
         if m.rival:
             raise UserError(f"{name}: {c.objective.name} compares with the answer of a rival, who takes no turns; leave rl.environment empty")
         how["play"] = environment.Play(imported(rl.environment), model, sampler, w.tokenizer, w.template, w.mesh, turns=rl.turns, context=rl.context, group=rl.get("group", 1), seconds=rl.reward_timeout)
