@@ -372,7 +372,7 @@ def _flops(w: World, c: ConfigDict, kind: str, longest: int, source: Source) -> 
         return f.training(adapted, unembed=False)
     if "rl" in c:
         named = [r for r in c.rl.reward.split(",") if r.strip() and ":" not in r and "judge=" not in r]
-        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=c.objective.get("beta", 1) > 0)
+        return f.online(adapted, c.rl.epochs, critic=c.rl.get("value") == "reward", rewards=len(named), reference=any(d["beta"] for d in (c.objective, c.rl) if "beta" in d))
     return f.training(adapted) + (f.forward() if isinstance(source, WithReference) else 0.0)
 
 
@@ -404,6 +404,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     if rl.combine == "weights":
         if len(learned) < len(named):
             raise UserError(f"{name}: rl.combine weights averages reward models, and {[r for r in named if r not in learned]} are functions; choose another way, or leave them out")
+        if len(set(networks.values())) > 1:
+            raise UserError(f"{name}: rl.combine weights averages models of one shape, and {', '.join(named)} differ; choose another way")
         learned = {named[0]: rewards.averaged(list(learned.values())) if w.imagined is None else learned[named[0]]}
         named = named[:1]
     # Not their heads: scores are compared at a finer grain than bf16 has.
@@ -471,6 +473,8 @@ def _make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, p
     sampler = sampling(w, c.sampling)
     how["draft"] = drafter(w, sampler)
     if rl.environment:
+        if w.imagined is not None:
+            raise UserError(f"{name}: plan does not know how long conversations with an environment are; leave rl.environment empty")
         if m.rival:
             raise UserError(f"{name}: {c.objective.name} compares with the answer of a rival, who takes no turns; leave rl.environment empty")
         how["play"] = environment.Play(imported(rl.environment), model, sampler, w.tokenizer, w.template, w.mesh, turns=rl.turns, context=rl.context, group=rl.get("group", 1), seconds=rl.reward_timeout)

@@ -80,8 +80,8 @@ def _objective(w, c, name: str) -> dict:
         return s.evaluate(state.TrainState(0, params, (), s.objective.init_aux(params) if s.objective.init_aux else (), jax.random.key(0)), whole=True)
 
 
-def _nll(w, c, params, counts: bool = True, **options) -> dict:
-    """A language model's metrics on the held-out rows of a section."""
+def _meter(w, c, **options):
+    """params -> a language model's metrics on the held-out rows of a section; one program for all of them."""
     import jax
 
     from jaxalign import build
@@ -89,8 +89,13 @@ def _nll(w, c, params, counts: bool = True, **options) -> dict:
     from jaxalign.train import state
 
     source = build.data_source(w, c.data, c.data.eval_path, c.data.batch_size, 0, shuffle=False, **options)
-    with jax.set_mesh(w.mesh):
-        return build.evaluation(lm.lm(w.model), w.mesh, {}, source)(state.TrainState(0, params, (), (), jax.random.key(0)), counts=counts)
+    metrics = build.evaluation(lm.lm(w.model), w.mesh, {}, source)
+
+    def measure(params) -> dict:
+        with jax.set_mesh(w.mesh):
+            return metrics(state.TrainState(0, params, (), (), jax.random.key(0)), counts=True)
+
+    return measure
 
 
 def _language(w, world, c, name: str, stride: int = 0) -> dict:
@@ -102,7 +107,7 @@ def _language(w, world, c, name: str, stride: int = 0) -> dict:
 
     params = build.load_params(w, str(w.stage_dir(name).absolute()), w.model.specs(), name)
     whole = dict(packing="pad", too_long="error") if world is not None else {}  # the floor is that of whole documents
-    got = _nll(w, c, params, **whole)
+    got = _meter(w, c, **whole)(params)
     out = {"nll": got["nll"], "perplexity": perplexity.perplexity(got["nll"], 1), "tokens": int(got["tokens"]), "accuracy": got["mean_token_accuracy"]}
     encoded = _documents(w, c)
     size = sum(len(w.decode([t for t, m in zip(*e) if m]).encode()) for e in encoded)
@@ -149,10 +154,10 @@ def _reward(w, world, c, name: str) -> dict:
     if c.data.kind == "steps":
         return _steps(policy.judged_steps(scalar, params, source, w.mesh))
     records = [r for r, _ in rows.read(w.find(c.data.eval_path))]
-    return _comparisons(world, source, policy.candidate_scores(scalar, params, source, w.mesh), records)
+    return _comparisons(world, w.mesh, source, policy.candidate_scores(scalar, params, source, w.mesh), records)
 
 
-def _comparisons(world, source, judged: list, records: list[dict]) -> dict:
+def _comparisons(world, mesh, source, judged: list, records: list[dict]) -> dict:
     """Accuracy on all strict pairs, calibration, and what it goes with."""
     from jaxalign.evals import agreement, calibration, policy, stats
 
@@ -182,7 +187,7 @@ def _comparisons(world, source, judged: list, records: list[dict]) -> dict:
         out |= {"temperature": calibration.temperature(margins, zero)} | {f"{k}_at_temperature": v for k, v in calibration.calibration(cooled, 0 * cooled)._asdict().items()}
     within = lambda each: np.concatenate([np.asarray(x, float) - np.mean(x) for x in each])  # what prompts differ in says nothing of answers
     scores = within([s for s, _ in judged])
-    lengths = policy.candidate_lengths(source)
+    lengths = policy.candidate_lengths(source, mesh)
     if [len(x) for x in lengths] == [len(s) for s, _ in judged]:
         out["length_correlation"] = stats.pearson(scores, within(lengths))
     whole = len(records) == len(judged)  # else some rows were left out, and which one an answer is from is not known
@@ -302,15 +307,16 @@ def _policies(w, world, config, names: list[str], beta: float, judge: tuple | No
     how = build.sampling(w, config.world.sampling)
     reference = build.load_params(w, "sft", w.model.specs(), "evaluation")
     got, gold, loss = {}, {}, {}
-    text = config.stages.get("pretrain")
+    text = build.stages(config).get("pretrain")
+    measure = _meter(w, text) if text is not None and text.objective.name == "lm" and text.data.eval_path else None
     for name in names:
         model = build.valued(w, w.stage_dir(name), beta).model
         params = reference if name == "sft" else build.load_params(w, str(w.stage_dir(name).absolute()), model.specs(), name)
         source = build.prompt_rows(w, records, batch)
         key = nn.fold(jax.random.key(config.seed), "evaluate", name)
         got[name] = policy.sample(model, params, how, source, w.decode, key, w.mesh, reference=reference, judge=judge)
-        if text is not None and text.objective.name == "lm" and text.data.eval_path and not hasattr(model, "next_logits"):  # that of a model, not of a way to decode it
-            loss[name] = _nll(w, text, params, counts=False)["nll"]
+        if measure is not None and not hasattr(model, "next_logits"):  # that of a model, not of a way to decode it
+            loss[name] = measure(params)["nll"]
         gold[name] = world.gold_rewards([r["prompt"] for r in records], got[name].completions)
     out = {}
     for name, s in got.items():

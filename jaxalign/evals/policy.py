@@ -101,16 +101,18 @@ def judged_steps(model: ScalarModel, params: Tree, source: Offline, mesh) -> lis
     return out
 
 
-def candidate_lengths(candidates: Offline) -> list[np.ndarray]:
-    """Tokens i64[K] of the answers that `candidate_scores` scores, as this process reads them."""
+def candidate_lengths(candidates: Offline, mesh) -> list[np.ndarray]:
+    """Tokens i64[K] of the answers that `candidate_scores` scores; the same on every process."""
     out = []
     for batch in eval_batches(candidates):
         if isinstance(batch, Pairs):
             length = np.stack([batch.chosen.mask.sum(1), batch.rejected.mask.sum(1)], 1)
-            out += [x for x in length if x.all()]
+            valid = length.all(1, keepdims=True).repeat(2, 1)
         else:
-            out += [x[v > 0] for x, v in zip(batch.candidates.mask.sum(2), batch.valid) if v.any()]
-    return [x.astype(int) for x in out]
+            length, valid = batch.candidates.mask.sum(2), batch.valid
+        length, valid = (shard.to_host(x) for x in shard.place((length.astype(np.float32), valid.astype(np.float32)), mesh))
+        out += [x[v > 0].astype(int) for x, v in zip(length, valid) if v.any()]
+    return out
 
 
 def candidate_scores(model: ScalarModel, params: Tree, rankings: Offline, mesh) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -167,6 +167,10 @@ class Play:
     """
 
     def __init__(self, make: Callable[[], Environment], model: Model, how: Sampling, tokenizer, template, mesh, *, turns: int, context: int, group: int = 1, seconds: float = 0.0):
+        if getattr(model, "start", None) is not None:
+            raise UserError("rl.environment: an encoder-decoder reads one text and writes one, and takes no turns; use a decoder-only model")
+        if how.draft not in ("", "ngram"):
+            raise UserError(f"rl.environment: conversations are sampled without a drafting model; set sampling.draft {how.draft} to '' or ngram")
         self.make, self.model, self.how, self.mesh = make, model, how, mesh
         self.turns, self.context, self.group, self.seconds = turns, context, group, seconds
         self.script = Script(tokenizer, template, how.stop)

@@ -68,8 +68,18 @@ def moved(objective, params, frozen, batch, n):
     return out
 
 
-@pytest.mark.parametrize("alpha", [0.25, 1.0], ids=["soft", "hard"])
-def test_the_reference_follows_every_second_update(alpha):
+def test_a_soft_reference_goes_a_part_of_the_way():
+    """alpha 1/4, every third update: from 0 towards 8, at the updates counted 3 and 6."""
+    objective, aux = dpo_variants.tr_dpo(tiny.LLAMA, alpha=0.25, every=3), {"w": np.zeros(2, np.float32)}
+    seen = []
+    for i in range(6):
+        aux = objective.update_aux(aux, {"w": np.full(2, 8.0, np.float32)}, {}, i)
+        seen.append(float(aux["w"][0]))
+    assert seen == [0, 0, 2, 2, 2, 3.5]
+
+
+def test_a_hard_reference_is_the_policy_after_every_second_update():
+    alpha = 1.0
     params, batch = tiny.init(tiny.LLAMA), tiny.pairs(np.random.default_rng(1), 4, 8)
     start = jax.tree.map(np.asarray, params)
     run = moved(dpo_variants.tr_dpo(tiny.LLAMA, alpha=alpha, every=2), jax.tree.map(lambda x: x + 0, params), {}, batch, 4)

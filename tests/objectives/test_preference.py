@@ -11,7 +11,7 @@ from jaxalign import config
 from jaxalign.objectives import dpo_variants, kto, preference, ranked
 from jaxalign.ops.logprob import LogProbs
 from jaxalign.rl.reference import add_reference
-from jaxalign.types import Pairs
+from jaxalign.types import Labelled, Pairs, Rankings
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 DPO, SMOOTH = np.load(VECTORS / "dpo.npz"), np.load(VECTORS / "dpo_label_smoothing.npz")
@@ -148,28 +148,57 @@ STARTS = {
 }  # fmt: skip
 
 
-def test_every_loss_starts_where_the_paper_says():
-    r, params = np.random.default_rng(1), tiny.init(tiny.LLAMA)
-    three = tiny.rankings(r, 4, 8, K=3)._replace(rank=np.tile(np.array([2, 0, 1], np.int32), (4, 1)), valid=np.ones((4, 3), np.float32))  # -log 1/3 - log 1/2
-    batches = {"pairs": tiny.pairs(r, 4, 8), "labelled": tiny.labelled(r, 4, 8), "rankings": three}
+def starts(policy, reference):
+    """{name: loss} of batches of every kind, log-probs f32[24,6] replayed."""
+    r = np.random.default_rng(1)
+    mask = (np.arange(6) < r.integers(1, 7, (24, 1))).astype(np.float32)
+    rows = lambda first, n: tiny.replay_rows(mask[first : first + n], first)
+    zero = np.zeros(4, np.float32)
+    three = jax.tree.map(lambda x: x.reshape(4, 3, -1), rows(12, 12))
+    batches = {
+        "pairs": Pairs(rows(0, 4), rows(4, 4), zero, zero, zero),
+        "labelled": Labelled(rows(0, 4), np.float32([1, 0, 0, 1]), zero, rows(8, 4), zero),
+        "rankings": Rankings(three, np.tile(np.array([2, 0, 1], np.int32), (4, 1)), np.ones((4, 3), np.float32)),  # -log 1/3 - log 1/2
+    }
+    out = {}
+    for k, (make, _) in STARTS.items():
+        objective = make(REPLAY, beta=0.2)
+        batch = add_reference.__wrapped__(REPLAY, reference, batches[config.OBJECTIVES[k].kind], objective.reference or preference.pair_logps)
+        aux = objective.init_aux(reference) if objective.init_aux else ()
+        stats = {n: t / w for n, (t, w) in objective.stats(policy, {}, aux, batch).items()} if objective.stats else {}
+        terms = objective.loss(policy, {}, aux, batch, None, stats).terms
+        out[k] = sum(t.scale * t.total / t.weight for t in terms.values())
+    return out
 
-    @jax.jit
-    def losses(params, batches):
-        out = {}
-        for k, (make, _) in STARTS.items():
-            objective = make(tiny.LLAMA, beta=0.2)
-            batch = batches[config.OBJECTIVES[k].kind]
-            batch = add_reference(tiny.LLAMA, tiny.init(tiny.LLAMA), batch, objective.reference or preference.pair_logps)
-            aux = objective.init_aux(tiny.init(tiny.LLAMA)) if objective.init_aux else ()
-            stats = {n: t / w for n, (t, w) in objective.stats(params, {}, aux, batch).items()} if objective.stats else {}
-            terms = objective.loss(params, {}, aux, batch, None, stats).terms
-            out[k] = sum(t.scale * t.total / t.weight for t in terms.values())
-        return out
 
-    for k, got in losses(params, batches).items():
+def test_every_loss_starts_where_the_paper_says(monkeypatch):
+    for module in (preference, dpo_variants):
+        monkeypatch.setattr(module, "logprob", read_off)
+    one, other = ({"logps": -np.random.default_rng(i).random((24, 6)).astype(np.float32)} for i in (2, 3))
+    for k, got in starts(one, one).items():
         np.testing.assert_allclose(got, STARTS[k][1], rtol=1e-5, err_msg=k)
-    # and another policy starts elsewhere
-    assert all(abs(got - STARTS[k][1]) > 1e-4 for k, got in losses(tiny.loud(tiny.init(tiny.LLAMA, seed=5)), batches).items())
+    assert all(abs(got - STARTS[k][1]) > 1e-4 for k, got in starts(other, one).items())  # and another policy elsewhere
+
+
+def test_a_true_model_starts_there_too():
+    """References by the training forward of the same model, with a pair that weighs nothing."""
+    params, objective = tiny.init(tiny.LLAMA), preference.dpo(tiny.LLAMA, beta=0.2)
+    batch = add_reference(tiny.LLAMA, params, tiny.pairs(np.random.default_rng(1), 8, 8))
+    assert (np.asarray(batch.ref_chosen)[:7] < 0).all() and not np.array_equal(batch.ref_chosen, batch.ref_rejected)
+    loss = tiny.gradient(objective)
+    np.testing.assert_allclose(loss(params, batch)[0], L2, rtol=1e-6)
+    assert abs(loss(tiny.loud(tiny.init(tiny.LLAMA, seed=5)), batch)[0] - L2) > 1e-3
+
+
+def test_discopop_dips_left_of_the_start():
+    """As its page says: at h = 0 the loss falls to the left, into a dip at -0.119, and only beyond 0.072 to the right."""
+    f = lambda h: preference.discopop_loss(h, 0.0, 1, 1, 1.0)
+    h = np.linspace(-0.5, 0.5, 2001).astype(np.float32)
+    down = np.diff(np.asarray(f(h))) < 0
+    turns = h[1:-1][down[1:] != down[:-1]]
+    np.testing.assert_allclose(turns, [-0.119, 0.072], atol=1.5e-3)
+    np.testing.assert_allclose(jax.grad(f)(0.0), 0.784, atol=1e-3)  # -1/4 - 5 ln 2 + 5 - 1/2
+    assert np.isfinite([f(-1e4), jax.grad(f)(-1e4)]).all()
 
 
 def test_a_pair_already_won_pulls_less():

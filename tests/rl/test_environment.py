@@ -273,7 +273,7 @@ def data(tmp_path_factory):
 
 def config(kind, data):
     c = runs.config(kind, data)
-    c.stage.rl.update({"reward": "", "environment": "environments:Counting", "turns": 2, "context": 32})
+    c.stage.rl.update({"reward": "", "environment": "environments:Counting", "turns": 2, "context": 40})
     if kind == "ppo":
         c.stage.objective.ptx_coef = 0.0
         c.stage.rl.staleness = 1  # so that a conversation under way, with its scores and counts, is in the checkpoint too
@@ -304,14 +304,21 @@ def test_killed_and_resumed(data, tmp_path, monkeypatch):
     assert first["environment/turns"] > 1 and "rewards/Counting/mean" in first
 
 
-def test_groups_play_for_the_sum_of_their_turns(data, tmp_path):
-    """GRPO without a critic: the reward of an answer is what its turns were worth together."""
-    c = config("grpo", data)
-    c.stage.train.steps = 1
+@pytest.mark.parametrize("kind, game, turns", [("grpo", "calculator:Calculator", 1), ("ppo", "wordle:Wordle", 2)])
+def test_the_embedded_ones_are_trained_on(kind, game, turns, data, tmp_path):
+    """Two updates of a model that knows nothing: every guess is no word and costs 1, no sum is right. Without a critic the reward is
+    what the turns were worth together."""
+    c = config(kind, data)
+    c.stage.rl.update({"environment": f"jaxalign.tasks.{game}", "staleness": 0})
+    c.stage.train.steps = 2
     runs.train(c, tmp_path)
-    (m,) = read_jsonl(tmp_path / "metrics.jsonl")
-    np.testing.assert_allclose(m["reward"], m["rewards/Counting/mean"], rtol=1e-5)
-    assert m["completions/mean_length"] > 0 and m["environment/turns"] > 1
+    m, later = read_jsonl(tmp_path / "metrics.jsonl")
+    name = game.split(":")[1]
+    assert m["environment/turns"] == turns and m[f"rewards/{name}/mean"] == {"Wordle": -2.0, "Calculator": 0.0}[name]
+    assert m["environment/done"] == (name == "Calculator") and ("environment/tool_calls" in m) == (name == "Calculator")
+    assert m.get("reward", 0.0) == 0 and np.isfinite([later["loss"], m["loss"]]).all()
+    if kind == "ppo":
+        np.testing.assert_allclose([m["objective/scores"], m["objective/rlhf_reward"]], -2, atol=1e-4)
 
 
 def test_configs_are_refused(data):
