@@ -80,7 +80,7 @@ def test_the_objective_averages_over_prompts_with_a_strict_pair():
     loss, metrics, _ = tiny.gradient(reward.rankings(tiny.ReplayReward(), centre=0.05))(rewards, batch)
     table = rewards.reshape(8, 9)
     want, count = by_loop(table, rank, valid)
-    squares, right, ties = [], 0, 0
+    squares, right = [], 0
     for row, order, ok in zip(table, rank, valid):
         who = [i for i in range(9) if ok[i]]
         strict = [(i, j) for i in who for j in who if order[i] < order[j]]
