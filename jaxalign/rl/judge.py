@@ -105,10 +105,9 @@ class Endpoint:
 
     def _ask(self, question: str) -> str:
         body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": self.temperature, "max_tokens": self.max_tokens})
-        why = ""
+        why, wait = "", 0.0
         for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(wait)
+            time.sleep(wait)
             wait = self.pause * 2**attempt
             try:
                 status, after, text = self._post(body)
