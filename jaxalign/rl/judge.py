@@ -107,8 +107,7 @@ class Endpoint:
         body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": self.temperature, "max_tokens": self.max_tokens})
         why, wait = "", 0.0
         for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(wait)
+            time.sleep(wait)
             wait = self.pause * 2**attempt
             try:
                 status, after, text = self._post(body)
