@@ -97,13 +97,6 @@ def config(kind: str, data: Path, **over):
             sampling=dict(max_new=8),
         ),
         "distill": dict(teacher=str(data / "teacher"), data=dict(path=f"{data}/sft.jsonl", eval_path=f"{data}/sft.jsonl", batch_size=8, seq_len=32)),
-        "on_policy_distill": dict(
-            teacher=str(data / "teacher"),
-            init=str(data / "start"),
-            data=dict(path=f"{data}/prompts.jsonl", batch_size=16),
-            rl=dict(epochs=2, minibatches=2),
-            sampling=dict(max_new=8),
-        ),
     }[kind]
     mix = sections.get("rl", {}).pop("mix", {})
     c.stage = build.stage(kind, **sections, train=dict(steps=STEPS, save_every=3), optim=dict(lr=3e-3, warmup=2))

@@ -93,7 +93,7 @@ def points(method: str):
 
 
 def frontier(method: str):
-    """Gold on a grid of KLs, as far as the method went."""
+    """Gold on a grid of KLs; to the right of where the method went, the most that it reached."""
 
     def line(seed: Seed) -> list[tuple[float, float]]:
         p = points(method)(seed)

@@ -72,14 +72,6 @@ def run(objective, params, batch, accumulate=1):
     return jax.jit(lambda p, b: step.gradient(objective, p, frozen, (), b, jax.random.key(0), accumulate))(params, batch)
 
 
-@pytest.mark.parametrize("make, wrap", [(distill.distill, lambda p: p), (distill.on_policy_distill, lambda p: {"policy": p})])
-def test_the_split_of_a_batch_does_not_matter(make, wrap):
-    batch = tiny.rows(np.random.default_rng(2), 8, 12)
-    whole, parts = (run(make(tiny.LLAMA, TEACHER), wrap(tiny.init(tiny.LLAMA)), batch, n) for n in (1, 4))
-    np.testing.assert_allclose(whole[0], parts[0], rtol=1e-6)
-    assert tiny.far(parts[2], whole[2]) < 1e-5
-
-
 def test_mixture_and_hintons_factor():
     """alpha tau^2 D + (1 - alpha) nll, of metrics that the step reports apart."""
     batch = tiny.rows(np.random.default_rng(3), 8, 12)
