@@ -13,13 +13,15 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxalign import shard, tree
-from jaxalign.config import REWARDS, base, check_finite, family, imported, plain, stages
+from jaxalign.config import adapter, adapts, base, check_finite, family, plain, stages
 from jaxalign.data import chosen, hub, judged, sources, trajectories
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.jinja import Jinja
 from jaxalign.data.rows import read
 from jaxalign.data.templates import Template, encode_prompt, stop_ids
+from jaxalign.methods import REWARDS, imported
 from jaxalign.models import heads, peft
+from jaxalign.ops import nn
 from jaxalign.rl.rollout import Sampling, check_length
 from jaxalign.train import checkpoint
 from jaxalign.types import Model, Tree, UserError
@@ -277,6 +279,17 @@ def valued(w: World, stage: str | os.PathLike, beta: float = 1.0, clip: float | 
         return w
     twins = len({k.split("/")[1] for k in names if k.startswith("q/")})
     return dataclasses.replace(w, model=heads.Guided(w.model, twins, beta, clip))
+
+
+def adapted(w: World, c: ConfigDict, key, params: Tree, head: Tree | None = None) -> tuple[Tree, Tree | None]:
+    """(params, head) of a trunk with the stage's adapters on a frozen, perhaps quantised, base; as given where it asks for none."""
+    if not adapts(c):
+        return params, head
+    if w.imagined is not None:
+        return w.imagined.adapted(w, c, params, head)
+    path = Path(w.find(c.adapter.path)) if c.adapter.path else None
+    path = path / "adapter" if path and (path / "adapter").is_dir() else path
+    return peft.begin(w.model, params, head, adapter(c), nn.fold(key, "adapter"), quantised=c.adapter.quantise, path=path, mesh=w.mesh, rules=w.rules)
 
 
 def adapted_by(w: World, params: Tree, adapter: str) -> Tree:

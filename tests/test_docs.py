@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
-from jaxalign import build, config, types
+from jaxalign import build, config, methods, types
 from jaxalign.cli import main as cli
 from jaxalign.data import formats
 from jaxalign.objectives import dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
@@ -124,7 +124,7 @@ def config_fields() -> set[str]:
             if isinstance(c.get(k), config.ConfigDict):
                 yield from walk(c.get(k), f"{at}{k}.")
 
-    trees = [build.base("x", family=f) for f in config.FAMILIES] + [build.stage(o) for o in config.OBJECTIVES]
+    trees = [build.base("x", family=f) for f in config.FAMILIES] + [build.stage(o) for o in methods.OBJECTIVES]
     return {name for c in trees for name in walk(c)}
 
 
@@ -218,7 +218,7 @@ def metric_names() -> set[str]:
     out |= set(jax.eval_shape(lambda p: remax_experience(tiny.LLAMA, p, None, rollout, np.zeros(8, np.float32), group=3), params)[1])
     out |= {"staleness", "objective/score_scale", *(f"dynamic_sampling/{k}" for k in ("rounds", "discarded_groups", "left_over_groups", "missing_groups"))}  # the source's own
     for name, group in (("online_dpo", 2), ("xpo", 1), ("nash_md", 1), ("raft", 4)):
-        m = config.OBJECTIVES[name]
+        m = methods.OBJECTIVES[name]
         batch, found = jax.eval_shape(lambda p, m=m, group=group: m.experience(tiny.LLAMA, {"policy": p}, p, rollout, np.zeros(8, np.float32), group=group), tiny.init(tiny.LLAMA))
         objective = m.maker(tiny.LLAMA)
         now = jax.eval_shape(lambda p, o=objective: state.create({"policy": p}, tx, o, seed=0), tiny.init(tiny.LLAMA))

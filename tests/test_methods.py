@@ -1,4 +1,4 @@
-"""What holds for every method of `config.OBJECTIVES`, built from a config as its users build it: eight devices and micro-batches
+"""What holds for every method of `methods.OBJECTIVES`, built from a config as its users build it: eight devices and micro-batches
 change nothing, what is stopped goes on with the same bits, and there is a page about it."""
 
 import functools
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from jaxalign import build, config, shard, tree
+from jaxalign import build, methods, shard, tree
 from jaxalign.train import step
 from jaxalign.train.log import RunLog
 
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 
 def config_of(name: str, data: Path):
     """The smallest stage of a method, with nothing of its own said but where things lie."""
-    m = config.OBJECTIVES[name]
+    m = methods.OBJECTIVES[name]
     two_sided = name == "span_corruption"
     shape = dict(family="t5", head_dim=8, start=258) if two_sided else dict(max_len=64)
     c = build.base(name, vocab=0, dim=16, layers=1, heads=2, hidden=32, **shape)
@@ -56,7 +56,7 @@ def gradient(s, state, frozen, batch, mesh, accumulate):
     return float(loss), {k: float(v) for k, v in metrics.items()}, {k: np.asarray(shard.to_host(x)) for k, x in tree.flat(grads).items()}
 
 
-@pytest.mark.parametrize("name", config.OBJECTIVES)
+@pytest.mark.parametrize("name", methods.OBJECTIVES)
 def test_eight_devices_and_micro_batches(name, data, tmp_path, monkeypatch):
     """The very same batch, drawn on the mesh: in two micro-batches on eight devices, and whole on one."""
     s, state = begun(name, data, tmp_path, EIGHT, monkeypatch)
@@ -81,7 +81,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", config.OBJECTIVES)
+@pytest.mark.parametrize("name", methods.OBJECTIVES)
 def test_stopped_and_resumed(name, data, tmp_path, monkeypatch):
     """Stopped after the second step, gone on with by fresh objects: weights and numbers are those of a run that was not."""
     monkeypatch.setattr(shard, "make_mesh", lambda sizes: MAKE(ONE, jax.devices()[:1]))
@@ -102,7 +102,7 @@ def test_stopped_and_resumed(name, data, tmp_path, monkeypatch):
     assert killed == whole
 
 
-@pytest.mark.parametrize("name", config.OBJECTIVES)
+@pytest.mark.parametrize("name", methods.OBJECTIVES)
 def test_has_a_page(name):
     text = (runs.ROOT / "docs" / "methods" / f"{name}.md").read_text()
     for part in ("equation", "function", "config", "metric", "works", "source"):

@@ -1,4 +1,4 @@
-"""Who writes one more answer to each prompt, beside those of the policy (`config.Method.rival`, `rl.online.OnlineSource`).
+"""Who writes one more answer to each prompt, beside those of the policy (`methods.Method.rival`, `rl.online.OnlineSource`).
 
 Called as rival(model, sampling, policy, reference, prompts, key, version) -> Rollout. Keyword-only arguments are fields of the
 config's rl section.

@@ -1,6 +1,6 @@
 """What is chosen out of groups of answers: the best against the worst, one's own against a rival's, the best alone.
 
-Each function is a `config.Method.experience`: rollouts and their scores -> (batch, metrics f32[] each). Unscorable answers
+Each function is a `methods.Method.experience`: rollouts and their scores -> (batch, metrics f32[] each). Unscorable answers
 (NaN) are never chosen. All shapes are fixed: what is left out keeps its row, with an empty mask, and weighs 0.
 """
 

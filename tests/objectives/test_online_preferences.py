@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jaxalign import config, tree
+from jaxalign import methods, tree
 from jaxalign.objectives import dpo_variants, lm, online, preference
 from jaxalign.types import Duels, RivalPairs
 
@@ -93,7 +93,7 @@ def test_a_loss_of_pairs_is_the_same_on_ones_own():
     """`on_policy` changes where params are looked up and nothing else; every loss of pairs has an online form, with its own fields."""
     batch, params = tiny.pairs(np.random.default_rng(1), 8, 12), tiny.init(tiny.LLAMA)
     for name, options in (("ipo", {"beta": 0.4}), ("cdpo", {"smoothing": 0.2})):
-        m = config.method(f"online_{name}")
+        m = methods.method(f"online_{name}")
         assert (m.batch.__name__, m.kind, m.rows) == ("Pairs", "prompts", "")
         assert set(config.fields(m.maker)) == set(config.fields(getattr(preference, name)))
         ours = tiny.gradient(m.maker(tiny.LLAMA, **options))({"policy": params}, batch)
@@ -101,10 +101,10 @@ def test_a_loss_of_pairs_is_the_same_on_ones_own():
         np.testing.assert_array_equal(ours[0], theirs[0])
         assert tiny.far(ours[2]["policy"], theirs[2]) == 0
     # State of its own (a running shift), and a reference that moves: where the policy's adapters have a frozen base, beside that
-    shift = config.method("online_bco_pair").maker(tiny.LLAMA)
+    shift = methods.method("online_bco_pair").maker(tiny.LLAMA)
     aux = shift.init_aux({"policy": params})
     np.testing.assert_array_equal(jax.tree.leaves(aux), jax.tree.leaves(dpo_variants.bco_pair(tiny.LLAMA).init_aux(params)))
-    moving, alone = config.method("online_tr_dpo").maker(tiny.LLAMA), dpo_variants.tr_dpo(tiny.LLAMA)
+    moving, alone = methods.method("online_tr_dpo").maker(tiny.LLAMA), dpo_variants.tr_dpo(tiny.LLAMA)
     keys = sorted(tree.flat(params))
     trained, base = (tree.unflat({k: tree.flat(params)[k] for k in keys[i::2]}) for i in range(2))
     wrapped = lambda t: {"policy": t}  # noqa: E731
@@ -116,6 +116,6 @@ def test_a_loss_of_pairs_is_the_same_on_ones_own():
     ours = tiny.gradient(routed)({"policy": tiny.init(tiny.EXPERTS)}, rows)[0]
     np.testing.assert_array_equal(ours, tiny.gradient(lm.lm(tiny.EXPERTS))(tiny.init(tiny.EXPERTS), rows)[0])
     with pytest.raises(config.UserError, match="way of its own"):
-        config.method("online_ld_dpo").maker(tiny.LLAMA)
+        methods.method("online_ld_dpo").maker(tiny.LLAMA)
     with pytest.raises(config.UserError, match="package.module:name"):
-        config.method("online_reward_pairs")
+        methods.method("online_reward_pairs")

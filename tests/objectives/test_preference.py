@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jaxalign import config
+from jaxalign import methods
 from jaxalign.objectives import dpo_variants, kto, preference, ranked
 from jaxalign.ops.logprob import LogProbs
 from jaxalign.rl.reference import add_reference
@@ -163,7 +163,7 @@ def starts(policy, reference):
     out = {}
     for k, (make, _) in STARTS.items():
         objective = make(REPLAY, beta=0.2)
-        batch = add_reference.__wrapped__(REPLAY, reference, batches[config.OBJECTIVES[k].kind], objective.reference or preference.pair_logps)
+        batch = add_reference.__wrapped__(REPLAY, reference, batches[methods.OBJECTIVES[k].kind], objective.reference or preference.pair_logps)
         aux = objective.init_aux(reference) if objective.init_aux else ()
         stats = {n: t / w for n, (t, w) in objective.stats(policy, {}, aux, batch).items()} if objective.stats else {}
         terms = objective.loss(policy, {}, aux, batch, None, stats).terms
