@@ -14,7 +14,9 @@ from absl import flags
 from jaxalign import build, config, methods, types
 from jaxalign.cli import main as cli
 from jaxalign.data import formats
-from jaxalign.objectives import dpo_variants, grpo, kto, lm, odds, ppo, preference, ranked, reward
+from jaxalign.models import heads
+from jaxalign.objectives import dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, ppo, preference, ranked, reward
+from jaxalign.rl import masking
 from jaxalign.rl.experience import group_experience, make_experience
 from jaxalign.rl.reinforce import remax_experience
 from jaxalign.train import optim, state, step
@@ -179,6 +181,7 @@ def metric_names() -> set[str]:
     r = np.random.default_rng(0)
     out = {"num_tokens"}
     tx, schedule = optim.make(optim.Optim(), 1, {})
+    episodes = lambda *a: types.Trajectories(*tiny.rows(*a), np.zeros(a[1:], np.float32), np.ones(a[1], np.float32))  # noqa: E731
     extra = {
         "ppo": (ppo.ppo(tiny.LLAMA, entropy_coef=0.1, ptx_coef=0.1), lambda: tiny.init(tiny.LLAMA, value=True), tiny.mixed),
         "grpo": (grpo.grpo(tiny.LLAMA), lambda: {"policy": tiny.init(tiny.LLAMA)}, lambda *a: GroupExperience(*tiny.rows(*a), *[np.zeros(a[1:], np.float32)] * 4)),
@@ -191,6 +194,10 @@ def metric_names() -> set[str]:
         "wpo": (dpo_variants.wpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
         "rrhf": (ranked.rrhf(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rankings),
         "kto": (kto.kto(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.labelled),
+        "ilql": (ilql.ilql(heads.Guided(tiny.LLAMA)), lambda: tiny.init(heads.Guided(tiny.LLAMA)), episodes),
+        "mc_returns": (offline.mc_returns(heads.Guided(tiny.LLAMA, 1)), lambda: tiny.init(heads.Guided(tiny.LLAMA, 1)), episodes),
+        "advantage_weighted_bc": (offline.advantage_weighted_bc(heads.Guided(tiny.LLAMA, 0)), lambda: tiny.init(heads.Guided(tiny.LLAMA, 0)), episodes),
+        "nlpo": (nlpo.nlpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA, value=True), tiny.experience),
         "pairs": (reward.pairs(tiny.SCALAR, centre=0.1), lambda: tiny.init(tiny.SCALAR), tiny.pairs),
         "best": (reward.best(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), tiny.rankings),
         "scores": (reward.scores(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), lambda *a: types.Labelled(tiny.rows(*a), *[np.zeros(a[1], np.float32)] * 2)),
@@ -201,7 +208,7 @@ def metric_names() -> set[str]:
         now = jax.eval_shape(lambda p: state.create(p, tx, objective, seed=0), params())
         metrics = jax.eval_shape(fn, now, {}, batch(r, 8, 12))[1]
         out |= set(metrics)
-        if name not in ("ppo", "grpo", "cispo"):
+        if name not in ("ppo", "grpo", "cispo", "nlpo"):
             def held_out_loss(p, b):
                 aux = objective.init_aux(p) if objective.init_aux else ()
                 stats = {k: step.mean(*v) for k, v in objective.stats(p, {}, aux, b).items()} if objective.stats else {}
@@ -223,6 +230,9 @@ def metric_names() -> set[str]:
         objective = m.maker(tiny.LLAMA)
         now = jax.eval_shape(lambda p, o=objective: state.create({"policy": p}, tx, o, seed=0), tiny.init(tiny.LLAMA))
         out |= set(found) | set(jax.eval_shape(step.make_step(objective, tx, schedule=schedule), now, {}, batch)[1])
+    masked = masking.actor(tiny.LLAMA, mask_type="learned_top_p", top_mask=0.9, min_tokens_to_keep=1)
+    out |= set(jax.eval_shape(lambda p: masking.nlpo_experience(masked, None, {**p, "policy": {"policy": p["policy"], "masking": p["policy"]}}, p["policy"], rollout, np.zeros(8, np.float32), 0.1), params)[1])
+    out |= {"eval/gold", "eval/kl"}  # `evals.watch`, in a world
     out |= {f"rewards/NAME/{x}" for x in ("mean", "std", "failed")} | {f"environment/{x}" for x in ("turns", "done", "tool_calls")}
     return out
 

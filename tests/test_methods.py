@@ -36,7 +36,7 @@ def config_of(name: str, data: Path):
         sections["data"]["seq_len"] = 32
     if m.kind == "prompts":
         sections |= {"rl": {"reward": "runs:length_reward"}, "sampling": {"max_new": 6}}
-    if config.has_teacher(m.maker):
+    if methods.has_teacher(m.maker):
         sections["teacher"] = str(data / "other")
     c.stage = build.stage(name, **sections, train={"steps": 3, "save_every": 1, "keep": 3}, optim={"lr": 3e-3})
     return c

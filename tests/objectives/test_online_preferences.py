@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jaxalign import methods, tree
+from jaxalign import config, methods, tree
 from jaxalign.objectives import dpo_variants, lm, online, preference
 from jaxalign.types import Duels, RivalPairs
 
