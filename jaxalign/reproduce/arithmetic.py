@@ -26,7 +26,7 @@ def get_config(arg=None):
     c.world = {
         "name": "jaxalign.tasks.arithmetic:World",
         "options": {"digits": 1, "terms": 3, "operations": "+", "mistakes": 0.4},
-        "sizes": {"sft": 50_000, "sft_eval": 500, "prompts": UPDATES * PROMPTS, "more_sft": ANSWERS, "answers": ANSWERS, "prompts_eval": 500},
+        "sizes": {"sft": 20_000, "sft_eval": 500, "prompts": UPDATES * PROMPTS, "more_sft": ANSWERS, "answers": ANSWERS, "prompts_eval": 500},
         "samples": 1000,
         "sampling": {"max_new": 5},
         "frontier": {"prompts": 20, "each": 64},
@@ -54,7 +54,7 @@ def get_config(arg=None):
         "sft": build.stage(
             "lm",
             data=dict(rows, path="data/sft.jsonl", eval_path="data/sft_eval.jsonl"),
-            train=dict(steps=600, eval_every=100, save_every=200, keep=1, log_every=10),
+            train=dict(steps=400, eval_every=100, save_every=200, keep=1, log_every=10),
             optim=dict(lr=3e-3, schedule="linear", end=0.0, warmup=50, b2=0.99, weight_decay=0.1),
         )
     } | {a: make[a]() for a in c.order[1:]}
@@ -70,8 +70,8 @@ REPRODUCTION = Reproduction(
     y="exact match on held-out problems, sampled at temperature 1",
     tolerance=0.05,
     claims=(
-        Claim("start", 0.0, 0.3, "where the arms begin: 0.6 to the number of digits"),
+        Claim("start", 0.0, 0.3, "where the arms begin; whoever wrote the demonstrations has 0.41"),
         Claim("grpo", 0.9, 1.0, "what a verifier should be able to teach"),
-        Claim("more_sft", 0.0, 0.3, "imitation stays with those it imitates"),
+        Claim("more_sft", 0.3, 0.45, "imitation ends where those are whom it imitates: 0.41"),
     ),
 )
