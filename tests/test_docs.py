@@ -94,6 +94,12 @@ def test_links_resolve(name):
             assert anchor in titles, f"{name}: {target} is none of {titles}"
 
 
+def test_the_index_of_methods_links_them_all():
+    linked = set(re.findall(r"^\| \[\w+\]\((\w+)\.md\) \|", TEXTS["docs/methods/README.md"], re.M))  # with a phrase that says when to choose it
+    pages = {p.stem for p in (ROOT / "docs/methods").glob("*.md")} - {"README"}
+    assert set(methods.OBJECTIVES) | pages == linked, "a method without a page or a line in the index"
+
+
 def commands() -> list[tuple[str, str]]:
     """(where, command) of every jaxalign command in the docs, and in the first lines of the configs."""
     out = []
@@ -145,7 +151,7 @@ def resolves(dotted: str) -> bool:
 
 
 def test_dotted_names_are_code_or_config():
-    rooms = "types|tree|shard|ops|models|objectives|data|tasks|rl|train|evals|report|build"
+    rooms = "types|tree|shard|ops|models|objectives|data|tasks|rl|train|evals|report|methods|build"
     sections = "model|tokenizer|mesh|objective|optim|sampling"
     known, wrong = config_fields(), []
     for name, text in TEXTS.items():
