@@ -152,7 +152,7 @@ def normalised(s: Stage, by: str, params: Tree) -> Tree:
     return rewards.normalise(params, policy.reference_scores(w.model, reference, how, prompt_rows(w, records, min(256, n.samples)), s.model, params, key, w.mesh))
 
 
-HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^[qv]/")  # what trains beside the adapters
+HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^value/(up|down)/", "^[qv]/")  # what trains beside the adapters
 
 
 def _settings(config: ConfigDict, c: ConfigDict) -> dict:

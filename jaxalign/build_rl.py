@@ -164,8 +164,10 @@ def _critic(w: World, name: str, c: ConfigDict, scalar, learned: dict, draw: Cal
     first = next(iter(learned), None)  # of which a critic of its own is made
     if rl.value == "head":
         return None, draw(heads.specs(w.model.config.dim, zero=True), "value")
+    if rl.value == "mlp":
+        return None, draw(heads.mlp_specs(w.model.config.dim), "value")
     if rl.value != "reward" or first is None:
-        raise UserError(f"{name}: rl.value is 'head' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
+        raise UserError(f"{name}: rl.value is 'head', 'mlp' or 'reward' (which needs rl.reward to be a model), not {rl.value!r}")
     if not adapts(c):
         # A copy: the trained critic's buffers are donated, the reward model's are not.
         return scalar, load_params(w, first, scalar.specs(), f"{name}.rl.reward")

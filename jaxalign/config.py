@@ -194,7 +194,7 @@ def stage(objective: str, /, **sections: dict[str, Any]) -> ConfigDict:
         }
         if critic:
             c["rl"] |= {
-                "value": "head",  # head: on the policy's trunk; reward: a network of its own that starts as the reward model
+                "value": "head",  # head: linear, on the policy's trunk, from 0; mlp: with a hidden layer, drawn (trlX); reward: a network of its own that starts as the reward model
                 **fields(KL),
                 "scale_score": "none",  # what scores are divided by: none | running | first (`rl.control.ScoreScale`)
                 **fields(experience_of(m), skip=OF_SAMPLING),

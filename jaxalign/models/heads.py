@@ -58,6 +58,11 @@ def _mlp(dim: int, out: int) -> dict:
     }
 
 
+def mlp_specs(dim: int) -> dict:
+    """A value head with a hidden layer, D -> 2D -> 1, as trlX's PPO has it; read by `nn.scalar`."""
+    return _mlp(dim, 1)
+
+
 def q_and_v_specs(dim: int, vocab: int, twins: int = 2) -> dict:
     """Specs of `twins` Q heads, whose minimum is taken against overestimation (Fujimoto et al. 2018, 1802.09477), and of a
     value head (Snell et al. 2022, 2206.11871, section 4). Targets are one more tree of the Q heads. twins 0: the value head alone."""

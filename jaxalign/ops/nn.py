@@ -203,8 +203,13 @@ def weight(w, dtype=None) -> jax.Array:
 
 
 def scalar(head, x: jax.Array) -> jax.Array:
-    """f[..., D] -> f32[...]. In f32: rewards are compared, and values regressed, at a finer grain than bf16 has."""
-    return x.astype(wide(x)) @ head["weight"].astype(wide(x)) + head["bias"].astype(wide(x))
+    """f[..., D] -> f32[...]: linear, or with a hidden layer (`models.heads.mlp_specs`). In f32: rewards are compared, and values
+    regressed, at a finer grain than bf16 has."""
+    x = x.astype(wide(x))
+    if "up" in head:
+        x = jax.nn.relu(linear(x, head["up"]["w"], head["up"]["b"]))
+        head = {"weight": head["down"]["w"][:, 0], "bias": head["down"]["b"][0]}
+    return x @ head["weight"].astype(x.dtype) + head["bias"].astype(x.dtype)
 
 
 def last(x: jax.Array, segments: jax.Array) -> jax.Array:

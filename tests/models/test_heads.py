@@ -1,6 +1,7 @@
 """Q and V heads of ILQL against a loop."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxalign.models import heads
 from jaxalign.ops import nn
@@ -29,3 +30,13 @@ def test_where_heads_begin():
     reward, critic = (nn.init(heads.specs(4095, zero), jax.random.key(0)) for zero in (False, True))
     np.testing.assert_allclose(np.asarray(reward["weight"]).std(), 1 / 64, rtol=0.05)
     assert not reward["bias"] and not np.asarray(critic["weight"]).any() and not critic["bias"]
+
+
+def test_a_value_head_with_a_hidden_layer():
+    """trlX's Linear, ReLU, Linear, by hand; and its gradient reaches every leaf."""
+    params = nn.init(heads.mlp_specs(5), jax.random.key(0))
+    params["up"]["b"], params["down"]["b"] = jnp.linspace(-0.5, 0.5, 10), jnp.array([0.3])
+    x = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    hidden = np.maximum(x @ np.asarray(params["up"]["w"]) + np.asarray(params["up"]["b"]), 0)
+    np.testing.assert_allclose(nn.scalar(params, x), (hidden @ np.asarray(params["down"]["w"]))[..., 0] + 0.3, rtol=1e-5, atol=1e-6)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(jax.grad(lambda p: (nn.scalar(p, x) ** 2).sum())(params)))
