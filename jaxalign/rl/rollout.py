@@ -27,7 +27,6 @@ class Sampling:
 
     max_new: int
     stop: tuple[int, ...] = ()  # ids that end a completion; they belong to it
-    stop_after: int = 0  # before this many tokens they end nothing (truncate_after of lm-human-preferences)
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -35,6 +34,7 @@ class Sampling:
     slots: int = 0  # rows decoded at once where there are more, see `rl.engine`; 0: all
     draft: str = ""  # "ngram", or the directory of a smaller model: speculative decoding, see `rl.speculative`
     draft_tokens: int = 4  # drafted at a time
+    stop_after: int = 0  # before this many tokens stop ids end nothing (truncate_after of lm-human-preferences)
 
     def __post_init__(self):
         if self.slots < 0 or self.draft_tokens < 1:
