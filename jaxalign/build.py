@@ -188,7 +188,7 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
         if "rl" in c:
             Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
             rewards.Limits(c.rl.reward_timeout, c.rl.reward_workers, c.rl.on_reward_error)
-            environment.check(c.rl.environment, c.rl.turns, c.rl.context, c.sampling.max_new, bool(c.rl.reward), bool(c.rl.rollout_devices))
+            environment.check(c.rl.environment, c.rl.turns, c.rl.context, c.sampling.max_new, bool(c.rl.reward or c.rl.get("judge")), bool(c.rl.rollout_devices))
             if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.get("importance_cap") is not None and c.rl.importance_cap <= 0):
                 raise UserError(f"rl.epochs {c.rl.epochs} must be 1 or more, rl.staleness {c.rl.staleness} 0 or more, and rl.importance_cap {c.rl.get('importance_cap')} above 0")
             answers = batch * c.rl.get("group", 1)
@@ -198,7 +198,7 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
                 raise UserError(f"rl.keep {c.rl.keep} must be between 1 and rl.group {c.rl.group}, and rl.quantile {c.rl.quantile} at least 0 and below 1")
             if m.batch is RivalPairs and c.rl.group != 1:
                 raise UserError(f"rl.group {c.rl.group}: {c.objective.name} compares one answer of the policy with one of the reference; set it to 1")
-            if "group" in c.rl and c.rl.group < min(2, m.group):
+            if "group" in c.rl and c.rl.group < (2 if c.rl.get("baseline") == "group" else min(2, m.group)):
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
             names = {"kl_estimator": KL_ESTIMATORS, "scale_rewards": {**GROUP_ADVANTAGES, **SEVERAL}, "old_logp": experience.OLD_LOGP[:2]}
             names |= {"importance_form": experience.IMPORTANCE, "whiten_form": WHITEN, "scale_score": SCORE_SCALES, "baseline": reinforce.BASELINES}
@@ -271,6 +271,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         w = dataclasses.replace(w, template=PLAIN) if m.plain else w
         source = data_source(w, c.data, c.data.path, batch, seed + 1_000_003 * c.data.get("order", 0), **how)
         longest = c.data.get("seq_len") or source.report()["max_length"]
+        if kind != "reward_pairs" and (soft := source.report().get("soft_pairs")):
+            raise UserError(f"{name}: {soft} pairs have a 'probability' below 1, which reward_pairs reads and {kind} does not; leave these rows out, or the field")
         if "reference" in c and not (c.reference or c.init):
             if kind in OBJECTIVES:
                 raise UserError(f"{name}: {kind} needs a reference model; set init (and reference, if it is another) to a stage or a directory")
@@ -286,7 +288,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
             prepare = lambda b: add_reference(w.model, reference, b, summed)
     evaluate = None
     if c.data.get("eval_path") and "rl" not in c:
-        held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how)
+        every = {"top": 1.0} if "top" in c.data else {}  # of the held-out episodes all: to choose the best would flatter
+        held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how, **every)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     if w.imagined is None and kind not in REWARDS and "watch" in (w.config.get("world") or {}):
         evaluate = _watched(w, name, c, model, objective, frozen, evaluate)

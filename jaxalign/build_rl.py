@@ -24,7 +24,7 @@ from jaxalign.ops.advantage import SEVERAL
 from jaxalign.rl import comparisons, environment, experience, masking, online, own_judge, rewards
 from jaxalign.rl.control import KL, ScoreScale
 from jaxalign.rl.rollout import check_length
-from jaxalign.types import Experience, Tree, UserError
+from jaxalign.types import Duels, Experience, Tree, UserError
 from jaxalign.world import World, adapted, data_source, drafter, judge_of, load_params, opened, sampling, trained
 
 
@@ -45,6 +45,9 @@ def make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, po
         raise UserError(f"{name}: rl.reward and rl.judge are both set, and one of them says which answer is better; empty the other")
     if rl.combine not in (known := [*rewards.COMBINE, "weights"]) or rl.steps not in (ways := ["", *AGGREGATE, "each"]):
         raise UserError(f"{name}: rl.combine {rl.combine!r} is unknown;{nearest(rl.combine, known)}" if rl.combine not in known else f"{name}: rl.steps {rl.steps!r} is unknown;{nearest(rl.steps, ways)}")
+    make = experience_of(m)
+    if rl.combine == "apart" and ("reward_weights" not in fields(make) or len(named) < 2 or rl.environment or rl.steps == "each"):
+        raise UserError(f"{name}: rl.combine apart is for two or more rewards of whole answers, in methods that compare the answers of a group; choose another way")
     if rl.combine == "apart" and rl.get("scale_rewards") not in SEVERAL and not rl.weights:
         raise UserError(f"{name}: rl.combine apart keeps rewards apart; say how they add up, by rl.weights or rl.scale_rewards {', '.join(SEVERAL)}")
     if rl.weights and (len(rl.weights) != len(named) or rl.combine not in ("mean", "apart")):
@@ -64,7 +67,7 @@ def make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, po
     cast = (lambda x: x.astype(c.frozen_dtype)) if w.imagined is None else lambda x: jax.ShapeDtypeStruct(x.shape, c.frozen_dtype, sharding=x.sharding)
     learned = {r: {**p, "trunk": jax.tree.map(cast, p["trunk"])} for r, p in learned.items()}
     if w.imagined is not None:
-        w.imagined.judges = list(learned.values())
+        w.imagined.judges = [(networks[r], p) for r, p in learned.items()]
     breaks = rewards.line_breaks(w.tokenizer.decode, w.tokenizer.vocab_size, model.config.vocab) if rl.steps and w.imagined is None else np.zeros(model.config.vocab, bool)
     judge = lambda r: rewards.process(networks[r], learned[r], breaks, rl.steps) if rl.steps else rewards.learned(networks[r], learned[r])
     limits = rewards.Limits(rl.reward_timeout, rl.reward_workers, rl.on_reward_error)
@@ -88,13 +91,16 @@ def make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, po
     of_sampling = {"temperature": c.sampling.temperature or 1.0, "max_new": c.sampling.max_new * (rl.turns if rl.environment else 1), "special": special, "updates": rl.epochs * rl.minibatches}
     takes = lambda f: {k: of_sampling[k] for k in OF_SAMPLING if k in fields(f)}
     maker, options = functools.partial(maker, **takes(maker)), {k: v for k, v in options.items() if k not in OF_SAMPLING}
-    make = experience_of(m)
     shaping = {**plain(ConfigDict({k: rl[k] for k in fields(make) if k in rl})), **takes(make)}
     if rl.combine == "apart":
         shaping["reward_weights"] = tuple(rl.weights)
     if rl.staleness and shaping.get("importance_cap", 0) is None:
         shaping["importance_cap"] = 2.0  # what an older policy sampled is not trained on as if it were its own
-    how = dict(reference=reference, epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
+    if m.batch is Duels and (rl.staleness or rl.epochs * rl.minibatches > 1):
+        raise UserError(f"{name}: {c.objective.name} has no correction for answers of an older policy; set rl.staleness to 0, rl.epochs and rl.minibatches to 1")
+    if rl.get("scale_score", "none") != "none" and rl.clip_score is not None and (rl.environment or rl.steps == "each"):
+        raise UserError(f"{name}: rl.clip_score clips the score of each turn or step, and rl.scale_score divides by the spread of their sums; leave one of the two")
+    how = dict(reference=reference, apart=rl.combine == "apart", epochs=rl.epochs, minibatches=rl.minibatches, seed=w.config.seed, decode=w.decode, frozen=frozen, staleness=rl.staleness, rollout_mesh=w.rollout_mesh)
     actor = model
     if m.actor is not None:
         if rl.staleness:
@@ -131,7 +137,7 @@ def make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, po
             raise UserError(f"{name}: plan does not know how long conversations with an environment are; leave rl.environment empty")
         if m.rival:
             raise UserError(f"{name}: {c.objective.name} compares with the answer of a rival, who takes no turns; leave rl.environment empty")
-        how["play"] = environment.Play(imported(rl.environment), model, sampler, w.tokenizer, w.template, w.mesh, turns=rl.turns, context=rl.context, group=rl.get("group", 1), seconds=rl.reward_timeout)
+        how["play"] = environment.Play(imported(rl.environment), actor, sampler, w.tokenizer, w.template, w.mesh, turns=rl.turns, context=rl.context, group=rl.get("group", 1), seconds=rl.reward_timeout)
     return model, objective, online.OnlineSource(prompts, actor, scorer, sampler, w.mesh, step_of, **how), params
 
 

@@ -73,8 +73,12 @@ def _objective(w, c, name: str) -> dict:
 
     from jaxalign import build
     from jaxalign.train import state
+    from jaxalign.train.log import read_jsonl
 
     s = build.make_stage(w, name, c, w.stage_dir(name))
+    if s.objective.update_aux:  # a state of its own (a reference that moved, a running shift) is in checkpoints alone: what the run said at its end
+        said = [r for r in read_jsonl(w.stage_dir(name) / "metrics.jsonl") if any(k.startswith("eval/") for k in r)]
+        return {k.removeprefix("eval/"): v for k, v in said[-1].items() if k.startswith("eval/")} if said else {}
     params = build.load_params(w, str(w.stage_dir(name).absolute()), s.model.specs(), name)
     with jax.set_mesh(w.mesh):
         return s.evaluate(state.TrainState(0, params, (), s.objective.init_aux(params) if s.objective.init_aux else (), jax.random.key(0)), whole=True)
@@ -171,8 +175,8 @@ def _comparisons(world, mesh, source, judged: list, records: list[dict]) -> dict
     zero = np.zeros_like(margins)
     correct = stats.outcomes(margins, zero)
     out = {
-        "accuracy": float(correct.mean()),
-        "interval": list(stats.bootstrap(correct, groups)),
+        "accuracy": float((correct == 1).mean()),  # a tie is wrong, as in training
+        "interval": list(stats.bootstrap(correct == 1, groups)),
         "tie_rate": float((correct == 0.5).mean()),
         "pairs": len(margins),
         "prompts": int(groups.max()) + 1,
@@ -237,7 +241,7 @@ def _steps(judged: list) -> dict:
     first = lambda wrong: int(wrong.argmax()) if wrong.any() else -1
     found = [first(s < 0) == first(y < 0.5) for s, y in judged]
     return _finite({
-        "accuracy": float(correct.mean()), "interval": list(stats.bootstrap(correct, answer[sure])), "first_error_found": float(np.mean(found)),
+        "accuracy": float((correct == 1).mean()), "interval": list(stats.bootstrap(correct == 1, answer[sure])), "first_error_found": float(np.mean(found)),
         "wrong_steps": float((labels < 0.5).mean()), "steps": len(labels), "answers": len(judged),
         **calibration.calibration(towards, 0 * towards)._asdict(), "reliability": [b._asdict() for b in calibration.reliability(towards, 0 * towards)],
     })  # fmt: skip
@@ -323,7 +327,7 @@ def _policies(w, world, config, names: list[str], beta: float, judge: tuple | No
         out[name] = {
             "gold": float(gold[name].mean()),
             "gold_std": float(gold[name].std()),
-            "kl": float((s.logp - s.ref_logp).mean()),
+            "kl": s.kl,
             "length": float(s.length.mean()),
             "truncated": float(s.truncated.mean()),
             "distinct_1": diversity.distinct(s.completions, 1),

@@ -63,8 +63,8 @@ def check(w, name: str, c) -> None:
 def _origins(w, c) -> dict:
     """{"parents", "data"} of a stage's config."""
     rl = c.get("rl") or {}
-    named = {"init": c.init or w.config.model.path, "reference": c.get("reference"), "teacher": c.get("teacher"), "rl.reference": rl.get("reference"), "adapter.path": c.adapter.path}
-    judges = [r.strip() for r in (rl.get("reward") or "").split(",") if r.strip()]
+    named = {"init": c.init or w.config.model.path, "reference": c.get("reference"), "teacher": c.get("teacher"), "rl.reference": rl.get("reference"), "adapter.path": c.adapter.path, "normalisation.policy": (c.get("normalisation") or {}).get("policy")}
+    judges = [r.strip().removeprefix("judge=") for r in (rl.get("reward") or "").split(",") if r.strip()]
     named |= {f"rl.reward{'' if len(judges) == 1 else f' {i}'}": r for i, r in enumerate(judges, 1)}
     named |= {k: rl.get(k) for k in ("judge", "environment") if rl.get(k)}
     more = ((c, "normalisation"), (rl, "mix"))  # sections with a file of their own

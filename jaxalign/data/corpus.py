@@ -150,6 +150,8 @@ def _as(kinds: tuple[type, ...], example: Example, record: Any, where: str) -> E
         if isinstance(example, Chat):
             return Prompt(example.messages[:-1], record)
     if Ranking in kinds and isinstance(example, Preference):
+        if example.probability < 1:
+            raise UserError(f"{where}: 'probability' {example.probability:g}: a ranking is certain; train reward_pairs, which reads it, or leave it out")
         return Ranking(example.prompt, (example.chosen, example.rejected), (0, 1))
     if Label in kinds and isinstance(example, (Completion, Chat)) and isinstance(record, dict):
         return canonical(record, where, "label")  # says what is missing

@@ -237,6 +237,7 @@ def pairs_source(
     corpus = encode(rows, tokenizer, template, (Preference,), admit, format, max_drop, vocab_size)
     length, layout = _padded(corpus.docs, max_len)
     margin, probability = np.array(said, np.float32).T
+    corpus.counts |= {"soft_pairs": int((probability < 1).sum())} if (probability < 1).any() else {}
     corpus.examples.clear()
     one = 2 * np.arange(len(margin))
     together = share(corpus.docs, one, one + 1) if share_prompt else None

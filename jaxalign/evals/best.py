@@ -50,6 +50,7 @@ def best_of(model: Model, params: Tree, how: Sampling, prompts: Offline, decode:
             rollout = generate(model, how, params, shard.place(batch._replace(records=()), mesh), key, group=n, draft=draft)
             scores = scorer(rollout, repeated(batch, n))
             scores = getattr(scores, "scores", scores)
+            scores = scores if scores.ndim == 1 else scores.sum(1)
             real = shard.to_host(shard.place(batch.row, mesh)) >= 0  # the last batch is filled up with empty rows
             groups = lambda x: shard.to_host(x).reshape(len(real), n, *x.shape[1:])[real]
             parts.append([groups(x) for x in (rollout.tokens, rollout.mask, rollout.truncated, scores)])

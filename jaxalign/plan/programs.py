@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from jaxalign import build, shard, tree
 from jaxalign.data import tokenizers as toks
 from jaxalign.data.templates import PLAIN
-from jaxalign.models import heads, lora
+from jaxalign.models import lora
 from jaxalign.rl import reference, rewards
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import generate
@@ -199,11 +199,11 @@ def _online(s: build.Stage, state, step, resident: dict, flops: Callable) -> Ite
     mine = {id(x) for x in jax.tree.leaves(full)}
     loaded = [(what, p) for what, p in s.world.imagined.held if not mine & {id(x) for x in jax.tree.leaves(p)}]
     judges = s.world.imagined.judges
-    for i, p in enumerate(judges):
+    for i, (net, p) in enumerate(judges):
         many = f" {i + 1}" if len(judges) > 1 else ""
         resident[f"reward{many}"] = p
-        programs.append(Program(f"score{many}", rewards.model_scores, (heads.Scalar(model), p, rollout), {}, 1))
-    fn, args, options = src.experience_of(full, src.reference, rollout, jax.ShapeDtypeStruct((B,), jnp.float32, sharding=rows), jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), call=lambda f, *a, **k: (f, a, k))
+        programs.append(Program(f"score{many}", rewards.model_scores, (net, p, rollout), {}, 1))
+    fn, args, options = src.experience_of(full, src.reference, rollout, jax.ShapeDtypeStruct((B, *((len(judges),) if src.apart else ())), jnp.float32, sharding=rows), jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), call=lambda f, *a, **k: (f, a, k))
     program = Program("experience", fn, args, options, 1)
     programs.append(program)
     exp = place(program.shapes(mesh)[0])

@@ -78,22 +78,26 @@ def make_experience(
         raise UserError("rl.missing_eos_value takes the place of an answer's one score, and these are scores of tokens; use rl.missing_eos_penalty")
     else:
         r = mask * (rewards.adjust_tokens(scores, rollout.truncated, mask, **whole) / divisor - beta * kl_t)
+    n = jnp.maximum(rated.sum(), 1)  # rows without a score are in no mask, and in no mean
+    each = lambda x: x.sum() / n
+    raw = r
     if whiten_rewards:
         r = WHITEN[whiten_form](r, mask, shift_mean=False)
     adv, returns = advantage.gae(r, values, mask, gamma, lam)
-    explained = 1 - ((mask * (returns - values)) ** 2).sum() / jnp.maximum((mask * (returns - masked_mean(returns, mask)) ** 2).sum(), 1e-8)
+    off = returns - values
+    explained = 1 - (mask * (off - masked_mean(off, mask)) ** 2).sum() / jnp.maximum((mask * (returns - masked_mean(returns, mask)) ** 2).sum(), 1e-8)
     d = mask * (old.logp - ref.logp)
     metrics = {
-        "objective/kl": d.sum(1).mean(),
-        "objective/kl_k3": (mask * advantage.kl_tokens(old.logp, ref.logp, "k3")).sum(1).mean(),
+        "objective/kl": each(d),
+        "objective/kl_k3": each(mask * advantage.kl_tokens(old.logp, ref.logp, "k3")),
         "objective/kl_per_token": masked_mean(d, mask),
-        "objective/entropy": old.entropy.sum(1).mean(),
+        "objective/entropy": each(old.entropy),
         "objective/scores": jnp.nanmean(total),
         "objective/scores_std": jnp.nanstd(total),
-        "objective/non_score_reward": -beta * (mask * kl_t).sum(1).mean(),
-        "objective/rlhf_reward": r.sum(1).mean(),
+        "objective/non_score_reward": -beta * each(mask * kl_t),
+        "objective/rlhf_reward": each(raw),
         "objective/beta": jnp.asarray(beta, jnp.float32),
-        "completions/mean_length": mask.sum(1).mean(),
+        "completions/mean_length": each(mask),
         "completions/truncated_frac": rollout.truncated.mean(),
         "val/explained_variance": explained,
         "logprob_gap": jnp.abs(jnp.where(mask > 0, old.logp - rollout.logp, 0.0)).max(),

@@ -44,7 +44,7 @@ def pair_prompt(prompt: str, a: str, b: str, rubric: str = "") -> str:
 
 def rating(text: str) -> float:
     """The last number from 1 to 5 that stands alone, (r - 1) / 4; ValueError where there is none."""
-    found = [float(x) for x in re.findall(r"(?<![\d./])([1-5](?:\.\d+)?)(?:\s*/\s*5)?(?![\d.]*\d)", text) if float(x) <= 5]
+    found = [float(x) for x in re.findall(r"(?<![\d./])([1-5](?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?(?![\d.]*\d)", text) if float(x) <= 5]
     if not found:
         raise ValueError(f"the judge gave no rating: {text[:200]!r}")
     return (found[-1] - 1) / 4

@@ -80,7 +80,7 @@ def beside(frozen: dict) -> Callable:
 
 
 @functools.partial(
-    jax.jit, static_argnums=(0, 1), static_argnames=("temperature", "gamma", "lam", "kl_estimator", "missing_eos_penalty", "clip_score")
+    jax.jit, static_argnums=(0, 1), static_argnames=("temperature", "gamma", "lam", "kl_estimator", "missing_eos_penalty", "missing_eos_value", "clip_score")
 )
 def nlpo_experience(
     model: Masked,
@@ -90,20 +90,22 @@ def nlpo_experience(
     rollout: Rollout,
     scores,
     beta,
+    divisor=1.0,
     *,
     temperature: float = 1.0,
     gamma: float = 0.99,
     lam: float = 0.95,
     kl_estimator: str = "k1",
     missing_eos_penalty: float = 0.0,
+    missing_eos_value: float | None = None,
     clip_score: float | None = None,
 ):
     """As `rl.experience.make_experience`, of params with the masking policy beside the policy (`beside`): the old log-probs are
     masked ones, for the ratio; rewards take the KL of the unmasked ones off. Advantages are left to the minibatch."""
     both = params["policy"]
     params = {**params, "policy": both["policy"]}
-    shaping = dict(temperature=temperature, gamma=gamma, lam=lam, kl_estimator=kl_estimator, missing_eos_penalty=missing_eos_penalty, clip_score=clip_score)
-    exp, metrics = make_experience(model.model, value, params, reference, rollout, scores, beta, whiten_advantages=False, **shaping)
+    shaping = dict(temperature=temperature, gamma=gamma, lam=lam, kl_estimator=kl_estimator, missing_eos_penalty=missing_eos_penalty, missing_eos_value=missing_eos_value, clip_score=clip_score)
+    exp, metrics = make_experience(model.model, value, params, reference, rollout, scores, beta, divisor, whiten_advantages=False, **shaping)
     mask = targets(rollout.mask, rollout.segments)
     x, _ = states_and_values(model.model, value, params, rollout)  # the same forward again: the compiler runs it once
     old, count = masked_logps(model.model, both["policy"], both["masking"], rollout, x, mask, model.rule, temperature)

@@ -130,11 +130,12 @@ class OnlineSource:
         score_scale: ScoreScale | None = None,
         stop: Callable | None = None,
         lagging: Callable | None = None,
+        apart: bool = False,
     ):
         self.prompts, self.model, self.scorer, self.sampling, self.mesh, self.experience_of, self.reference = prompts, model, scorer, sampling, mesh, experience, reference
         self.group, self.epochs, self.minibatches, self.kl, self.seed = group, epochs, minibatches, kl, seed
         self.mix, self.decode, self.staleness, self.rollout_mesh, self.kind = mix, decode, staleness, rollout_mesh, kind
-        self.rival, self.play, self.lagging = rival, play, lagging
+        self.rival, self.play, self.lagging, self.apart = rival, play, lagging, apart
         self.rounds, self.score_scale, self.stop = rounds, score_scale, stop
         if rounds and (play is not None or group + (rival is not None) < 2):
             raise UserError(f"rl.dynamic_rounds {rounds} compares the answers of a group, so there must be two or more of them, and no environment")
@@ -198,7 +199,7 @@ class OnlineSource:
         params = tree.merge(state.params, self.frozen["base"]) if "base" in self.frozen else state.params
         params = self.lagging(params, state.aux) if self.lagging else params
         rollout, scores, born, counts = (self._informative if self.rounds else self._scored)(params, state)
-        scale = () if self.score_scale is None else (self.score_scale(summed_rewards(scores), rollout.truncated),)
+        scale = () if self.score_scale is None else (self.score_scale(self._whole(scores), rollout.truncated),)
         with self.phase("experience"):
             self.experience, metrics = self.experience_of(params, self.reference, rollout, scores, self.beta, *scale)
             self._metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | counts
@@ -223,10 +224,11 @@ class OnlineSource:
 
     def _informative(self, params, state) -> tuple[Rollout, Any, int, dict[str, float]]:
         """As `_scored`, of groups that say something, and how many there were of which kind."""
-        size, held, constant = self.group + (self.rival is not None), 0, 0
+        size, held, constant, counts = self.group + (self.rival is not None), 0, 0, {}
         for rounds in range(1, self.rounds + 1):
-            rollout, scores, was, counts = self._scored(params, state)
-            says = ~shard.to_host(constant_groups(summed_rewards(scores), size))
+            rollout, scores, was, found = self._scored(params, state)
+            counts = {k: counts.get(k, 0.0) + (v - counts.get(k, 0.0)) / rounds for k, v in found.items()}  # their mean over the rounds
+            says = ~shard.to_host(self._constant(scores, size))
             n, constant = len(says), constant + int((~says).sum())
             order = np.argsort(~says, kind="stable")  # those that say something first, each kind in the order it came
             if rounds == 1:
@@ -245,8 +247,18 @@ class OnlineSource:
         name = "dynamic_sampling/"
         return rollout, scores, born, counts | {f"{name}rounds": float(rounds), f"{name}discarded_groups": float(constant), f"{name}left_over_groups": float(max(held - n, 0)), f"{name}missing_groups": float(max(n - held, 0))}
 
+    def _whole(self, scores):
+        """f32[B]: of each answer one score; NaN stays, for it has none."""
+        return scores if scores.ndim == 1 else summed_rewards(scores) if self.apart else scores.sum(1)
+
+    def _constant(self, scores, size: int):
+        """bool[B / size]: groups without a difference, in any of their rewards."""
+        if not self.apart:
+            return constant_groups(self._whole(scores), size)
+        return jnp.stack([constant_groups(x, size) for x in scores.T]).all(0)
+
     def _show(self, rollout, scores, n: int = 2):
-        scores = summed_rewards(scores)
+        scores = self._whole(scores)
         r = [shard.to_local(x)[:n] for x in (rollout.tokens, rollout.mask, rollout.segments, scores)]
         return [{"prompt": self.decode(t[(m == 0) & (s != 0)]), "completion": self.decode(t[m > 0]), "score": float(c)} for t, m, s, c in zip(*r)]
 

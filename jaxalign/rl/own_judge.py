@@ -36,10 +36,12 @@ class Own:
         rows = [(ids[-most:], o) for q in questions for ids in [encode_prompt(q, self.tokenizer, self.template)] for o in said]
         n, T = agreed(len(rows)), agreed(max((len(a) + len(b) for a, b in rows), default=1))
         T = 1 << (T - 1).bit_length() if T <= most else T
+        shards = shard.batch_shards(self.mesh)
+        most = -(-ROWS // shards) * shards
         out = []
-        for at in range(0, n, ROWS):
-            part = rows[at : at + ROWS]
-            x = Tokens(*(np.zeros((ROWS, T), k) for k in (np.int32, np.float32, np.int32, np.int32)))
+        for at in range(0, n, most):
+            part = rows[at : at + most]
+            x = Tokens(*(np.zeros((most, T), k) for k in (np.int32, np.float32, np.int32, np.int32)))
             for i, (ids, o) in enumerate(part):
                 end = len(ids) + len(o)
                 x.tokens[i, :end], x.segments[i, :end], x.positions[i, :end] = [*ids, *o], 1, np.arange(end)

@@ -36,7 +36,7 @@ def _experience(model, params, reference, rollout, score, metrics, whiten, *, te
     if beta:
         ref = token_logps(model, reference, rollout, temperature=temperature).logp
         kl = mask * advantage.kl_tokens(old, ref, kl_estimator)
-        metrics["objective/kl"] = kl.sum(1).mean()
+        metrics["objective/kl"] = kl.sum() / jnp.maximum(mask.any(1).sum(), 1)
     r = advantage.token_rewards(jnp.nan_to_num(score), kl, ok, beta)
     adv = whiten(advantage.gae(r, jnp.zeros_like(r), ok, gamma, 1.0)[0], ok)
     if importance_cap is not None:

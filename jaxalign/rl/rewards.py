@@ -78,7 +78,7 @@ def averaged(members: Sequence[Tree]) -> Tree:
 COMBINE: dict[str, Callable] = {
     "mean": lambda s, uncertainty: s.mean(0),
     "min": lambda s, uncertainty: s.min(0),
-    "apart": lambda s, uncertainty: s.T,  # f32[B,M]: rewards that are no ensemble, for advantages of several (`rl.experience.group_experience`)
+    "apart": lambda s, uncertainty: (s if s.ndim == 2 else s.sum(2)).T,  # f32[B,M]: rewards that are no ensemble, for advantages of several (`rl.experience.group_experience`)
     "median": lambda s, uncertainty: jnp.median(s, 0),
     "mean_less_variance": lambda s, uncertainty: s.mean(0) - uncertainty * s.var(0),
     "mean_less_std": lambda s, uncertainty: s.mean(0) - uncertainty * s.std(0),
@@ -242,7 +242,7 @@ def adjust(scores, truncated, *, missing_eos_penalty: float = 0.0, missing_eos_v
     (lm-human-preferences' penalty_reward_value); then clip to [-clip, clip]."""
     scores = scores - missing_eos_penalty * truncated
     if missing_eos_value is not None:
-        scores = jnp.where(truncated > 0, missing_eos_value, scores)
+        scores = jnp.where((truncated > 0) & ~jnp.isnan(scores), missing_eos_value, scores)  # no score stays none
     return scores if clip is None else jnp.clip(scores, -clip, clip)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from jaxalign.rl import expressions, sandbox
 from jaxalign.types import UserError
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?\s*%?")
+_NUMBER = re.compile(r"(?:(?<![\w)\]])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?\s*%?")
 
 
 def _wanted(record: dict, *names: str) -> Any:

@@ -91,5 +91,5 @@ def test_worlds_write_what_stages_read(tmp_path):
     calculator.World().write_all(tmp_path / "c", {"demonstrations": 4, "prompts": 3}, 0)
     for path in sorted(tmp_path.rglob("*.jsonl")):
         rows = [json.loads(x) for x in path.read_text().splitlines()]
-        assert rows and all(type(formats.canonical(r)).__name__ == {"prompts": "Prompt", "trajectories": "Trajectory"}.get(path.stem, "Chat") for r in rows)
+        assert rows and all(type(formats.canonical(r)).__name__ == ("Prompt" if path.stem == "prompts" else "Trajectory" if "rewards" in r else "Chat") for r in rows)
     assert sum("[calc(" in x for x in (tmp_path / "c/demonstrations.jsonl").read_text().splitlines()) == 2
