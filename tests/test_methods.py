@@ -11,6 +11,7 @@ import runs
 from jaxalign import build, methods, shard, tree
 from jaxalign.train import step
 from jaxalign.train.log import RunLog
+from jaxalign.types import UserError
 
 ONE = {"data": 1}
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -82,7 +83,12 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", methods.OBJECTIVES)
+# The others have no state but params, optimizer and a position in a file, which tests/test_resume.py stops everywhere; one of each kind stands for them.
+ALONE = {"lm", "dpo", "orpo", "kto", "pl_dpo", "reward_steps", "filtered_bc", "distill"}
+STATEFUL = [n for n, m in methods.OBJECTIVES.items() if m.kind == "prompts" or m.twins is not None or n in ("tr_dpo", "bco_pair", "mpo", "bco") or n in ALONE]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
 def test_stopped_and_resumed(name, data, tmp_path, monkeypatch):
     """Stopped after the second step, gone on with by fresh objects: weights and numbers are those of a run that was not."""
     monkeypatch.setattr(shard, "make_mesh", lambda sizes: MAKE(ONE, jax.devices()[:1]))
@@ -108,3 +114,32 @@ def test_has_a_page(name):
     text = (runs.ROOT / "docs" / "methods" / f"{name}.md").read_text()
     for part in ("equation", "function", "config", "metric", "works", "source"):
         assert part in text.lower(), part
+
+
+TWO = {"reward": "runs:length_reward,runs:length_reward", "combine": "apart", "weights": (1.0, 2.0)}
+
+
+@pytest.mark.parametrize(
+    "name, rl, said",
+    [
+        *((n, TWO, "rl.combine apart is for") for n in ("ppo", "reinforce_pp", "online_dpo")),
+        ("grpo", {**TWO, "reward": "runs:length_reward", "weights": (1.0,)}, "two or more rewards"),
+        ("nash_md", {"staleness": 1}, "no correction for answers of an older policy"),
+        ("reinforce_pp", {"baseline": "group", "group": 1}, "rl.group 1"),
+        ("nlpo", {"scale_score": "running"}, None),
+        ("nlpo", {"missing_eos_value": -1.0}, None),
+        ("dapo", TWO, None),
+    ],
+)
+def test_what_goes_together(name, rl, said, data, tmp_path, monkeypatch):
+    """Settings of different methods run together, or are refused before anything runs."""
+    monkeypatch.setattr(shard, "make_mesh", lambda sizes: MAKE(ONE, jax.devices()[:1]))
+    c = config_of(name, data)
+    c.stage.rl.update({"reward": "runs:length_reward", **rl})
+    c.stage.train.steps = 1
+    if said is None:
+        runs.train(c, tmp_path)
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    else:
+        with pytest.raises(UserError, match=said):
+            build.make_stage(build.world(c, tmp_path), name, c.stage, tmp_path)
