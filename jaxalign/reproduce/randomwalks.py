@@ -6,10 +6,10 @@ One seed by hand, or one arm of it:
     jaxalign pipeline --config=jaxalign/reproduce/randomwalks.py:ppo --workdir=runs/randomwalks-ppo
 
 Graph, walks and metric are trlX's (examples/randomwalks, at seed 1000), and so are the model and the settings of PPO and ILQL.
-Where we differ: no dropout (0.1 there); the critic of PPO is linear (two layers there), and its advantages are whitened over the
-whole rollout (over each minibatch there). The policy to begin with is cloned here, of 20,000 walks of which trlX's 1000 are the
-first, because how trlX's published one was made is not known, only that it saw random walks. What learns offline (DPO, ILQL) sees
-the 1000 alone, and ILQL starts from nothing, as there. Everything online has PPO's budget: 160 updates on 2,800 episodes.
+Where we differ: no dropout (0.1 there), and PPO's advantages are whitened over the whole rollout (over each minibatch there). The
+policy to begin with is cloned here, of 20,000 walks of which trlX's 1000 are the first, because how trlX's published one was made
+is not known, only that it saw random walks. What learns offline (DPO, ILQL) sees the 1000 alone, and ILQL starts from nothing, as
+there. Everything online has PPO's budget: 160 updates on 2,800 episodes.
 """
 
 from jaxalign import build
@@ -39,7 +39,7 @@ def online(objective, *, group=None, optim=DECAYED, loss=(), rl=()):
     )
 
 
-PPO = dict(loss=dict(value_coef=1.2), rl=dict(beta=0.0, gamma=1.0, lam=0.95, clip_score=1.0))
+PPO = dict(loss=dict(value_coef=1.2), rl=dict(beta=0.0, gamma=1.0, lam=0.95, clip_score=1.0, value="mlp"))
 ARMS = {
     "ppo": lambda: online("ppo", optim=ADAM, **PPO),
     "ppo_decayed": lambda: online("ppo", **PPO),
