@@ -197,7 +197,7 @@ def load_params(w: World, where: str, specs: Tree, what: str, dtype: str | None 
 def data_source(w: World, c: ConfigDict, path: str, batch: int, seed: int, *, shuffle: bool = True, kind: str | None = None, **more) -> sources.Offline:
     """A source over `path` as the data section says."""
     make = {
-        "tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "labelled": sources.labelled_source,
+        "tokens": sources.tokens_source, "pairs": sources.pairs_source, "rankings": sources.rankings_source, "labelled": judged.labelled_source,
         "steps": judged.steps_source, "prompts": sources.prompts_source, "trajectories": trajectories.trajectories_source,
     }  # fmt: skip
     kind = kind or c.kind

@@ -135,6 +135,26 @@ def train(c, workdir: Path):
     return s, params
 
 
+def killed(step: int, go) -> None:
+    """Calls go() and ends it, as the death of the process would, right after the metric line of `step` is on disk."""
+    import pytest
+    from jaxalign.train.log import RunLog
+
+    class Killed(BaseException):
+        """What no handler of the program catches."""
+
+    original = RunLog.metrics
+
+    def metrics(self, at, values):
+        original(self, at, values)
+        if at == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as m, pytest.raises(Killed):
+        m.setattr(RunLog, "metrics", metrics)
+        go()
+
+
 def command(*args: str, **env: str) -> tuple[list[str], dict]:
     return [sys.executable, "-m", "jaxalign.cli.main", *args], {**ENV, **env}
 

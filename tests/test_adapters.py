@@ -9,7 +9,7 @@ import runs
 from jaxalign import build, tree
 from jaxalign.models import lora, peft
 from jaxalign.train import checkpoint
-from jaxalign.train.log import RunLog, read_jsonl
+from jaxalign.train.log import read_jsonl
 from jaxalign.types import UserError
 
 
@@ -137,20 +137,7 @@ def test_killed_and_resumed(kind, data, tmp_path, monkeypatch):
     c = lambda **k: config(kind, data, **{"adapter.quantise": "nf4", **k})
     runs.train(c(), tmp_path / "whole")
 
-    class Killed(BaseException):
-        pass
-
-    original = RunLog.metrics
-
-    def metrics(self, step, values):
-        original(self, step, values)
-        if step == 5:
-            raise Killed
-
-    with monkeypatch.context() as m:
-        m.setattr(RunLog, "metrics", metrics)
-        with pytest.raises(Killed):
-            runs.train(c(), tmp_path / "cut")
+    runs.killed(5, lambda: runs.train(c(), tmp_path / "cut"))
     other = saved(data / "start")
     other["layers"]["q"] = other["layers"]["q"] + 1e-3
     checkpoint.save_tree(tmp_path / "other" / "params", other, {})

@@ -10,7 +10,6 @@ import pytest
 import runs
 from jaxalign import build, methods, shard, tree
 from jaxalign.train import step
-from jaxalign.train.log import RunLog
 from jaxalign.types import UserError
 
 ONE = {"data": 1}
@@ -79,10 +78,6 @@ def test_eight_devices_and_micro_batches(name, data, tmp_path, monkeypatch):
         np.testing.assert_allclose(grads[k], g, rtol=1e-4, atol=1e-5 * scale, err_msg=k)
 
 
-class Killed(BaseException):
-    pass
-
-
 # The others have no state but params, optimizer and a position in a file, which tests/test_resume.py stops everywhere; one of each kind stands for them.
 ALONE = {"lm", "dpo", "orpo", "kto", "pl_dpo", "reward_steps", "filtered_bc", "distill"}
 STATEFUL = [n for n, m in methods.OBJECTIVES.items() if m.kind == "prompts" or m.twins is not None or n in ("tr_dpo", "bco_pair", "mpo", "bco") or n in ALONE]
@@ -94,16 +89,7 @@ def test_stopped_and_resumed(name, data, tmp_path, monkeypatch):
     monkeypatch.setattr(shard, "make_mesh", lambda sizes: MAKE(ONE, jax.devices()[:1]))
     go = lambda directory: runs.train(config_of(name, data), directory)
     go(tmp_path / "whole")
-    log = RunLog.metrics
-
-    def metrics(self, at, values):
-        log(self, at, values)
-        if at == 2:
-            raise Killed
-
-    with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(RunLog, "metrics", metrics)
-        go(tmp_path / "killed")
+    runs.killed(2, lambda: go(tmp_path / "killed"))
     go(tmp_path / "killed")
     whole, killed = (runs.facts(tmp_path / d) for d in ("whole", "killed"))
     assert killed == whole

@@ -6,6 +6,7 @@ from, and the prompt is one character. Host only: numpy and the standard library
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import re
@@ -51,7 +52,7 @@ def date(prompt: str, completion: str, record: Mapping | None = None) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class _World:
+class _World(abc.ABC):
     seed: int = 0
     reward: ClassVar = None
     alphabet: ClassVar[str] = ""
@@ -64,8 +65,9 @@ class _World:
 
     log_prob = demonstration_log_prob
 
+    @abc.abstractmethod
     def sentence(self, rng: np.random.Generator) -> str:
-        raise NotImplementedError
+        """What the corpus says after the prompt."""
 
     def write_all(self, directory: str | Path, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Path]:
         """Writes JSON Lines, and a tokenizer of the characters. sizes: rows of sft, sft_eval ({"prompt", "completion"}), prompts,

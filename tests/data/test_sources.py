@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxalign.data import formats, sources
-from jaxalign.data.sources import eval_batches, labelled_source, pairs_source, prompts_source, rankings_source, tokens_source
+from jaxalign.data.judged import labelled_source
+from jaxalign.data.sources import eval_batches, pairs_source, prompts_source, rankings_source, tokens_source
 from jaxalign.data.templates import CHATML, HUMAN_ASSISTANT
 from jaxalign.data.tokenizers import Bytes
 from jaxalign.types import Labelled, Pairs, Prompts, Tokens, UserError

@@ -18,7 +18,7 @@ from jaxalign.rl import rewards
 from jaxalign.rl.experience import group_experience, token_logps
 from jaxalign.rl.online import OnlineSource, repeated
 from jaxalign.rl.rollout import Sampling, generate
-from jaxalign.train.log import RunLog, read_jsonl
+from jaxalign.train.log import read_jsonl
 from jaxalign.types import Prompts, UserError
 
 MESH = shard.make_mesh({}, jax.devices()[:1])
@@ -195,20 +195,7 @@ def test_a_run_on_split_devices_killed_and_resumed(tmp_path, monkeypatch):
     c = lambda: runs.config("grpo", data, **{"rl.staleness": 1, "rl.rollout_devices": 4})  # noqa: E731
     runs.train(c(), tmp_path / "whole")
 
-    class Killed(BaseException):
-        pass
-
-    original = RunLog.metrics
-
-    def metrics(self, step, values):
-        original(self, step, values)
-        if step == 5:
-            raise Killed
-
-    with monkeypatch.context() as m:
-        m.setattr(RunLog, "metrics", metrics)
-        with pytest.raises(Killed):
-            runs.train(c(), tmp_path / "cut")
+    runs.killed(5, lambda: runs.train(c(), tmp_path / "cut"))
     runs.train(c(), tmp_path / "cut")
     assert runs.facts(tmp_path / "cut") == runs.facts(tmp_path / "whole")
     rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")

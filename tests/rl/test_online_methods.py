@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import runs
 from jaxalign import build
-from jaxalign.train.log import RunLog, read_jsonl
+from jaxalign.train.log import read_jsonl
 from jaxalign.types import UserError
 
 
@@ -45,22 +45,8 @@ def config(name, files, rl=None, **more):
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_and_resumed(name, data, tmp_path, monkeypatch):
     """Saved after 3 steps, killed after the 4th; where a rollout serves several steps, that is in the middle of one."""
-
-    class Killed(BaseException):
-        pass
-
     runs.train(config(name, data), tmp_path / "whole")
-    original = RunLog.metrics
-
-    def metrics(self, step, values):
-        original(self, step, values)
-        if step == 4:
-            raise Killed
-
-    with monkeypatch.context() as m:
-        m.setattr(RunLog, "metrics", metrics)
-        with pytest.raises(Killed):
-            runs.train(config(name, data), tmp_path / "torn")
+    runs.killed(4, lambda: runs.train(config(name, data), tmp_path / "torn"))
     runs.train(config(name, data), tmp_path / "torn")
     assert runs.facts(tmp_path / "torn") == runs.facts(tmp_path / "whole")
     rows = read_jsonl(tmp_path / "whole/metrics.jsonl")

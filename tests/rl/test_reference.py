@@ -6,7 +6,7 @@ import pytest
 import runs
 import tiny
 from jaxalign import shard
-from jaxalign.data import sources, tokenizers
+from jaxalign.data import judged, sources, tokenizers
 from jaxalign.models import decoder
 from jaxalign.rl.reference import Precomputed, WithReference, fields
 from jaxalign.train.log import read_jsonl
@@ -87,7 +87,7 @@ def test_runs_share_a_directory(tmp_path, monkeypatch):
 LABELS = [{"prompt": "ab" * (i % 3 + 1), "completion": "c" * (i + 1), "label": i % 2 == 0} for i in range(7)]
 RANKS = [{"prompt": "ab" * (i % 3 + 1), "completions": ["c" * (i + 1), "d", "ee"][: 2 + i % 2], "ranks": [0, 1, 1][: 2 + i % 2]} for i in range(7)]
 OTHERS = {
-    "labelled": lambda **how: sources.labelled_source(LABELS, tokenizers.Bytes(), **{"max_len": 16, "batch_size": 4, "seed": 0, "mismatched": True, **how}),
+    "labelled": lambda **how: judged.labelled_source(LABELS, tokenizers.Bytes(), **{"max_len": 16, "batch_size": 4, "seed": 0, "mismatched": True, **how}),
     "rankings": lambda **how: sources.rankings_source(RANKS, tokenizers.Bytes(), **{"max_len": 16, "batch_size": 4, "seed": 0, **how}),
 }
 
