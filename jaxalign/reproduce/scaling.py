@@ -5,7 +5,7 @@ One budget and size by hand (after the run of the data and the vocabulary, which
     jaxalign pipeline --config=jaxalign/reproduce/scaling.py --workdir=runs/scaling/data
     jaxalign pipeline --config=jaxalign/reproduce/scaling.py:c1_32x2 --workdir=runs/scaling/c1_32x2
 
-Four budgets of 6 N D training FLOPs, four or five sizes N of each, the schedule's end at the end of the run. To the losses of a budget a parabola in log N is fitted, and a line to the four minima (2203.15556, section 3.2);
+Four budgets of 6 N D training FLOPs, four sizes N of each, the schedule's end at the end of the run. To the losses of a budget a parabola in log N is fitted, and a line to the four minima (2203.15556, section 3.2);
 to all of them the law E + A / N^alpha + B / D^beta (section 3.3); both again with runs drawn with replacement. N counts the embeddings.
 """
 
@@ -18,15 +18,15 @@ from jaxalign.evals import scaling
 from jaxalign.reproduce.runner import Claim, Reproduction, Seed
 
 VOCAB, SEQ_LEN, BATCH = 512, 128, 16
-BUDGETS = (1e11, 3e11, 9e11, 2.7e12)
+BUDGETS = (8e10, 2e11, 5e11, 1.25e12)
 # (dim, layers) tried at each budget: from half to twice the best, for far from it the loss is no parabola
 TRIED = (
-    ((16, 1), (24, 1), (32, 1), (32, 2)),
-    ((24, 1), (32, 1), (32, 2), (48, 2)),
+    ((16, 1), (24, 1), (32, 1), (40, 1)),
+    ((24, 1), (32, 1), (32, 2), (40, 2)),
+    ((32, 1), (32, 2), (40, 2), (48, 2)),
     ((32, 2), (40, 2), (48, 2), (64, 2)),
-    ((40, 2), (48, 2), (64, 2), (80, 2), (96, 2)),
 )
-ROWS = 100_000  # of text, about 4.5 million tokens: two of the seventeen runs read it a second time
+ROWS = 100_000  # of text, about 4.5 million tokens: one of the sixteen runs begins to read it a second time
 TEXT = "data/pretrain.jsonl"
 
 
