@@ -49,7 +49,7 @@ def large(a) -> str:
         a.keep.mkdir(parents=True, exist_ok=True)
         out = a.keep / f"{preset}.json"
         if not out.exists():
-            command = [sys.executable, "-m", "jaxalign.cli.main", "plan", f"--config={ROOT / 'configs' / 'large.py'}:{preset}", f"--topology={topology}", f"--json={out}", f"--text={a.keep / preset}"]
+            command = [sys.executable, "-m", "jaxalign", "plan", f"--config={ROOT / 'configs' / 'large.py'}:{preset}", f"--topology={topology}", f"--json={out}", f"--text={a.keep / preset}"]
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             if done.returncode:

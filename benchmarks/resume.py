@@ -55,7 +55,7 @@ ITERATION = 4  # PPO steps from one rollout to the next
 
 def command(workdir: Path) -> list[str]:
     flags = [f"--config.{k}={v}" for k, v in SMALL.items()]
-    return [sys.executable, "-m", "jaxalign.cli.main", "pipeline", f"--config={ROOT}/configs/quickstart.py:smoke", f"--workdir={workdir}", *flags]
+    return [sys.executable, "-m", "jaxalign", "pipeline", f"--config={ROOT}/configs/quickstart.py:smoke", f"--workdir={workdir}", *flags]
 
 
 # -- what a run directory shows from outside ------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def killed(step: int, go) -> None:
 
 
 def command(*args: str, **env: str) -> tuple[list[str], dict]:
-    return [sys.executable, "-m", "jaxalign.cli.main", *args], {**ENV, **env}
+    return [sys.executable, "-m", "jaxalign", *args], {**ENV, **env}
 
 
 def jaxalign(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:

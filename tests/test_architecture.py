@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxalign"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # design.md section 4. Rooms of one level are blind to one another, unless BESIDE says so.
-LEVEL = {"types": 0, "tree": 0, "shard": 0, "chips": 0, "ops": 0, "models": 1, "objectives": 1, "data": 1, "tasks": 1, "train": 2, "rl": 2, "evals": 2, "report": 3, "methods": 3, "config": 3, "world": 3, "build_rl": 3, "build": 3, "plan": 3, "cli": 3, "reproduce": 3}
+LEVEL = {"__main__": 4, "types": 0, "tree": 0, "shard": 0, "chips": 0, "ops": 0, "models": 1, "objectives": 1, "data": 1, "tasks": 1, "train": 2, "rl": 2, "evals": 2, "report": 3, "methods": 3, "config": 3, "world": 3, "build_rl": 3, "build": 3, "plan": 3, "cli": 3, "reproduce": 3}
 BESIDE = {("evals", "rl")} | {(a, b) for a in ("types", "tree", "shard", "chips", "ops") for b in ("types", "tree", "shard", "ops")} | {(a, "methods") for a in ("config", "world", "build_rl", "build")} | {("world", "config"), ("build_rl", "config"), ("build_rl", "world"), ("build", "build_rl"), ("build", "config"), ("build", "world"), ("cli", "config"), ("cli", "build"), ("cli", "report"), ("plan", "build"), ("plan", "world"), ("cli", "plan"), ("cli", "reproduce"), ("reproduce", "build"), ("reproduce", "cli"), ("reproduce", "report")}
 NOT_BESIDE = {("types", "tree"), ("types", "shard"), ("types", "ops"), ("tree", "ops"), ("tree", "shard")}  # within level 0: types first
 ONLY = {

@@ -147,7 +147,7 @@ def test_every_turn_is_that_of_a_fresh_run(directory, template, system, temperat
 
 
 def piped(text, *args):
-    command = [sys.executable, "-m", "jaxalign.cli.main", "chat", "--temperature=0", "--max_new=6", *args]
+    command = [sys.executable, "-m", "jaxalign", "chat", "--temperature=0", "--max_new=6", *args]
     out = subprocess.run(command, input=text.encode(), capture_output=True, env=runs.ENV, cwd=runs.ROOT, timeout=300)
     return out.returncode, out.stdout.decode(), out.stderr.decode()
 

@@ -429,6 +429,14 @@ def test_a_bad_command(args, said, refused, tmp_path, monkeypatch):
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
+def test_as_a_module():
+    """Where scripts are not on the path: `python -m jaxalign`, with the exit codes of the command."""
+    said = runs.jaxalign("help")
+    assert said.returncode == 0 and said.stdout.startswith("usage: jaxalign VERB")
+    said = runs.jaxalign("trian")
+    assert said.returncode == 2 and "did you mean 'train'?" in said.stderr
+
+
 def test_help(capsys):
     for args in ([], ["--help"], *([v, "--help"] for v in cli.VERBS)):
         code = 0

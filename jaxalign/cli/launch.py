@@ -26,7 +26,7 @@ def spawn(count: int, argv: list[str]) -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "jaxalign.cli.main", *argv[1:]]
+    command = [sys.executable, "-m", "jaxalign", *argv[1:]]
     children = [subprocess.Popen(command, env={**os.environ, ENV: f"{i}/{count}/127.0.0.1:{port}"}) for i in range(count)]
 
     def forward(number, frame):

@@ -156,7 +156,3 @@ def needed(fv: flags.FlagValues, *names: str) -> None:
     for n in names:
         if fv[n].value is None:
             raise UserError(f"--{n} is missing: jaxalign VERB --config=configs/quickstart.py --workdir=runs/quickstart")
-
-
-if __name__ == "__main__":
-    run()

@@ -22,7 +22,6 @@ function ``record -> example``, given as ``format=``.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -32,7 +31,8 @@ from jaxalign.data.examples import (
     EXAMPLES, Chat, Completion, Example, Label, Message, Preference, Prompt, Ranking, Said, Steps, Text, Trajectory, Unusable,
     check, number, string, turns,
 )  # fmt: skip
-from jaxalign.data.rows import Rows, given, read, unclean
+from jaxalign.data.messages import follow, messages_of, prompt_of, said_of, with_tools
+from jaxalign.data.rows import Rows, given, read
 from jaxalign.types import UserError
 
 __all__ = [
@@ -63,8 +63,6 @@ _ALIASES = {
     "labels": ("labels", "ratings"),
 }
 _OTHER_PROMPTS = ("instruction", "question", "query", "input", "problem", "context")
-_ROLES = {"human": "user", "gpt": "assistant", "prompter": "user", "observation": "tool", "function": "tool", "function_call": "assistant"}
-_PASSED = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # fields of a message that chat templates know
 
 
 def detect(record: dict, where: str = "record") -> str:
@@ -132,35 +130,35 @@ def _text(record, where):
 
 
 def _completion(record, where):
-    prompt = _prompt(_get(record, "prompt", where, "completion"), where, record)
-    answer = _said(_get(record, "completion", where, "completion"), where, "completion")
-    return Completion(*_follow(prompt, [answer], where))
+    prompt = prompt_of(_get(record, "prompt", where, "completion"), where, record)
+    answer = said_of(_get(record, "completion", where, "completion"), where, "completion")
+    return Completion(*follow(prompt, [answer], where))
 
 
 def _chat(record, where):
-    messages = _tools(record, _messages(_get(record, "messages", where, "chat"), where, "messages"), where)
+    messages = with_tools(record, messages_of(_get(record, "messages", where, "chat"), where, "messages"), where)
     turns(messages, where, "messages", last="assistant")
     return Chat(messages)
 
 
 def _prompt_only(record, where):
-    return Prompt(_prompt(_get(record, "prompt", where, "prompt"), where, record), record)
+    return Prompt(prompt_of(_get(record, "prompt", where, "prompt"), where, record), record)
 
 
 def _ranking(record, where):
-    prompt = _prompt(_get(record, "prompt", where, "ranking"), where, record)
+    prompt = prompt_of(_get(record, "prompt", where, "ranking"), where, record)
     items = _get(record, "completions", where, "ranking")
     ranks = _picked(record["best"], items, where) if "best" in record and not _has(record, "ranks") else _get(record, "ranks", where, "ranking")
     if not isinstance(items, list) or not isinstance(ranks, list) or len(items) != len(ranks):
         raise UserError(f"{where}: 'completions' and 'ranks' must be lists of the same length")
     if not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks):
         raise UserError(f"{where}: 'ranks' must be integers (0 is best), one per completion, not {ranks}")
-    answers = [_said(a, where, f"completions[{i}]") for i, a in enumerate(items)]
+    answers = [said_of(a, where, f"completions[{i}]") for i, a in enumerate(items)]
     if len(answers) < 2:
         raise Unusable("one_item", f"{where}: a ranking of {len(answers)} item says nothing; give two or more")
     if len(set(ranks)) == 1:
         raise Unusable("ties", f"{where}: all ranks are equal, so nothing is preferred; remove the row")
-    prompt, *answers = _follow(prompt, answers, where)
+    prompt, *answers = follow(prompt, answers, where)
     return Ranking(prompt, tuple(answers), tuple(ranks))
 
 
@@ -180,14 +178,14 @@ def _steps(record, where):
         labels = [None if x is None else float(x >= 0) for x in labels]
     said = [string(s, where, f"steps[{i}]") for i, s in enumerate(said)]
     said = [s if s.endswith("\n") else s + "\n" for s in said[:-1]] + said[-1:]
-    return check(Steps(_prompt(_get(record, "prompt", where, "steps"), where, record), tuple(said), tuple(x if x is None else number(x, where, "labels") for x in labels)), where)
+    return check(Steps(prompt_of(_get(record, "prompt", where, "steps"), where, record), tuple(said), tuple(x if x is None else number(x, where, "labels") for x in labels)), where)
 
 
 def _label(record, where):
     label = number(_get(record, "label", where, "label"), where, "label" if "label" in record else "score")
     if _has(record, "messages"):
         messages = _chat(record, where).messages
-        return Label(*_follow(messages[:-1], [messages[-1:]], where), label)
+        return Label(*follow(messages[:-1], [messages[-1:]], where), label)
     said = _completion(record, where)
     return Label(said.prompt, said.completion, label)
 
@@ -226,7 +224,7 @@ def _preference(record, where):
     if all(isinstance(p, str) and _HH.match(p) for p in pair) and prompt is None:
         pair = [_dialogue(p, where, k) for p, k in zip(pair, ("chosen", "rejected"))]
     else:
-        pair = [_said(p, where, k) for p, k in zip(pair, ("chosen", "rejected"))]
+        pair = [said_of(p, where, k) for p, k in zip(pair, ("chosen", "rejected"))]
     if isinstance(pair[0], str) != isinstance(pair[1], str):
         raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings or both be messages")
     whole = not isinstance(pair[0], str) and pair[0][0].role != "assistant"  # the prompt is in the messages
@@ -238,12 +236,12 @@ def _preference(record, where):
     elif whole and prompt is not None:
         raise UserError(f"{where}: the prompt is given twice, as its own messages and inside chosen; keep one")
     if prompt is not None:
-        prompt = _prompt(prompt, where, record)
+        prompt = prompt_of(prompt, where, record)
     elif whole:
         shared = os.path.commonprefix(pair)
         while shared and shared[-1].role not in ("user", "tool"):
             shared = shared[:-1]
-        prompt, pair = _tools(record, tuple(shared), where), [p[len(shared) :] for p in pair]
+        prompt, pair = with_tools(record, tuple(shared), where), [p[len(shared) :] for p in pair]
         if not prompt or not all(pair):
             raise UserError(f"{where}: chosen and rejected must share a question and then both answer it")
         turns(prompt, where, "the common beginning", last="user")
@@ -251,7 +249,7 @@ def _preference(record, where):
         prompt, pair = _common(record, pair, where)
     else:
         raise UserError(f"{where}: missing 'prompt': chosen and rejected are answers without a question")
-    prompt, chosen, rejected = _follow(prompt, pair, where)
+    prompt, chosen, rejected = follow(prompt, pair, where)
     if chosen == rejected:
         raise Unusable("identical", f"{where}: chosen and rejected are the same; remove the row")
     return Preference(prompt, chosen, rejected, float(margin), rating if isinstance(rating, str) else "", float(probability))
@@ -327,107 +325,3 @@ def _get(record, key, where, schema):
         hint = f" (is {close[0]!r} meant for it?)" if close else ""
         raise UserError(f"{where}: {schema} needs {key!r}{hint}; found keys {sorted(map(str, record))}")
     return record[names[0]]
-
-
-def _said(value, where, key):
-    return string(value, where, key) if isinstance(value, str) else _messages(value, where, key)
-
-
-def _prompt(value, where, record):
-    prompt = _said(value, where, "prompt")
-    if not isinstance(prompt, str):
-        turns(prompt, where, "prompt", last="user")
-        prompt = _tools(record, prompt, where)
-    return prompt
-
-
-def _tools(record, messages, where):
-    """The messages with the record's tools, a list or the JSON text of one."""
-    tools = record.get("tools")
-    if isinstance(tools, str) and tools:
-        tools = _json(tools, where, "'tools'")
-    if not tools or not messages:
-        return messages
-    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
-        raise UserError(f"{where}: 'tools' must be a list of objects, or the JSON text of one")
-    more = json.loads(messages[0].more or "{}") | {"tools": tools}
-    return (messages[0]._replace(more=_dumps(more)), *messages[1:])
-
-
-def _dumps(value):
-    return json.dumps(value, ensure_ascii=False)  # in the record's own order: templates print it
-
-
-def _json(text, where, key):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: {key} is no JSON; write it as an object or list") from None
-
-
-def _messages(value, where, key):
-    value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {key!r} must be a string or a list of messages, not {type(value).__name__}")
-    said = [_message(m, where, f"{key}[{i}]") for i, m in enumerate(value)]
-    return tuple(m for m in said if m is not None)
-
-
-def _message(m, where, key):
-    if not isinstance(m, dict):
-        raise UserError(f"{where}: {key} must be an object with 'role' and 'content', not {type(m).__name__}")
-    role = m.get("role", m.get("from"))
-    called = role == "function_call"  # ShareGPT: the call is the message
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ("system", "user", "assistant", "tool"):
-        raise UserError(f"{where}: {key} has role {role!r}; use system, user, assistant or tool")
-    content = m.get("content", m.get("value"))
-    more = {k: m[k] for k in _PASSED if m.get(k)}
-    if called:
-        more["tool_calls"] = [_call(content, where, key)]
-        content = ""
-    if isinstance(content, list):  # the parts of a message: text, and what an assistant thinks and calls
-        parts = [(p.get("type"), p.get("text", p.get("value"))) if isinstance(p, dict) else (None, None) for p in content]
-        kinds = ("text", "reasoning", "tool_call") if role == "assistant" else ("text",)
-        if not all(k in kinds and isinstance(t, str) for k, t in parts):
-            raise UserError(f"{where}: {key} has content other than text; only text can be trained on")
-        if calls := [_call(t, where, key) for k, t in parts if k == "tool_call"]:
-            more["tool_calls"] = calls
-        if thoughts := "".join(t for k, t in parts if k == "reasoning"):
-            more["reasoning_content"] = thoughts
-        content = "".join(t for k, t in parts if k == "text")
-    if calls := more.get("tool_calls"):
-        if role != "assistant" or not isinstance(calls, list) or not all(isinstance(c, dict) and isinstance(c.get("function", c), dict) and isinstance(c.get("function", c).get("name"), str) for c in calls):
-            raise UserError(f"{where}: {key}: tool_calls must be an assistant's list of {{'function': {{'name', 'arguments'}}}}")
-        if content is None:
-            more["content"] = content = None  # some templates tell null from empty
-    if role == "system" and content == "":
-        return None  # "no system prompt", as many exports write it
-    weight = m.get("loss_weight", 1)
-    if weight not in (0, 1):
-        raise UserError(f"{where}: {key} has loss_weight {weight!r}; only 0 and 1 are understood")
-    if bad := unclean(_dumps(more)):
-        raise UserError(f"{where}: {key} holds a {bad}; remove it")
-    if role != "tool" and not more.get("tool_calls"):
-        string(content, where, f"{key} content")
-    elif not isinstance(content, str | None):
-        raise UserError(f"{where}: {key} content must be a string, not {type(content).__name__}")
-    elif bad := unclean(content or ""):
-        raise UserError(f"{where}: {key} content holds a {bad}; remove it")
-    return Message(role, content or "", bool(weight) if role == "assistant" else True, _dumps(more) if more else "")
-
-
-def _call(text, where, key):
-    call = _json(text, where, f"{key}: the call") if isinstance(text, str) else text
-    return {"type": "function", "function": call}
-
-
-def _follow(prompt, answers, where):
-    """Makes a prompt and its answers of one kind, and checks that the answers continue it."""
-    for a in answers:
-        if not isinstance(a, str):
-            turns(a, where, "the answer", last="assistant", first="assistant")
-    if isinstance(prompt, str) and any(not isinstance(a, str) for a in answers):
-        prompt = (Message("user", prompt),)
-    single = all(not isinstance(a, str) and len(a) == 1 and a[0].trained and not a[0].more for a in answers)
-    return prompt, *(a[0].content if single else a for a in answers)

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.models import FamilyModel, decoder_hf
-from jaxalign.ops import moe, nn, rope
+from jaxalign.ops import kvcache, moe, nn, rope
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
@@ -194,7 +194,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     x = spread(x * jnp.asarray(cfg.dim**0.5, x.dtype) if cfg.embed_scale else x)
     table = rope.table(positions, cfg.rotary_width, cfg.rope_theta, cfg.rope_scaling, segments=segments, max_len=cfg.max_len)
     near = rope.table(positions, cfg.rotary_width, cfg.window_theta) if cfg.window_theta else table
-    cache, kv_segments, start = nn.cache_open(cache, segments, positions) if cache else (None, segments, 0)
+    cache, kv_segments, start = kvcache.reserve(cache, segments, positions) if cache else (None, segments, 0)
     mixed = len(set(cfg.local)) > 1
     # Where all layers are alike nothing is handed from layer to layer, and XLA sees constants.
     each = {"local": np.array(cfg.local)} if mixed else {}
@@ -208,7 +208,7 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
         here = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, table) if mixed and cfg.window_theta else near if local is True else table
         q, k = rope.rotate(q, here), rope.rotate(k, here)
         if kv is not None:
-            kv, k, v = nn.cache_write(kv, k, v, start)
+            kv, k, v = kvcache.write(kv, k, v, start)
         at = None if kv is None or window is None else (positions, cache["positions"])
         a = attend(
             q, k, v, q_segments=segments, kv_segments=kv_segments, start=start, window=window, windowed=local if mixed else None, positions=at, scale=cfg.query_scale, softcap=cfg.attn_softcap
@@ -239,7 +239,7 @@ def unembed(cfg: Config, params) -> nn.Unembed:
 
 
 def init_cache(cfg: Config, batch: int, size: int):
-    return nn.init_cache(cfg.layers, batch, size, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype), cfg.scan, positions=cfg.window is not None)
+    return kvcache.init(cfg.layers, batch, size, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype), cfg.scan, positions=cfg.window is not None)
 
 
 def flops_per_token(cfg: Config, length: int) -> float:

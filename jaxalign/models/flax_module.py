@@ -21,7 +21,7 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
 from jaxalign import tree
-from jaxalign.ops import nn
+from jaxalign.ops import kvcache, nn
 from jaxalign.types import UserError
 
 
@@ -98,14 +98,14 @@ class _Foreign:
     def hidden(self, params, tokens, segments, positions, *, inputs=None, cache=None, key=None) -> nn.Hidden:
         if cache is None:
             return nn.Hidden(self._apply(params, tokens, segments, positions, key))
-        cache, kv_segments, start = nn.cache_open(cache, segments)
+        cache, kv_segments, start = kvcache.reserve(cache, segments)
         write = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new[:, None, :, None], start, axis=2)
         layers = {k: write(cache["layers"][k], v) for k, v in (("tokens", tokens), ("positions", positions))}
         x = self._apply(params, layers["tokens"][:, 0, :, 0], kv_segments, layers["positions"][:, 0, :, 0], key)
         return nn.Hidden(jax.lax.dynamic_slice_in_dim(x, start, tokens.shape[1], axis=1), {**cache, "layers": layers})
 
     def init_cache(self, batch: int, size: int):
-        """Tokens and positions in the shape of keys, [B,1,S,1], so that `ops.nn.cache_grow` needs no case for them."""
+        """Tokens and positions in the shape of keys, [B,1,S,1], so that `ops.kvcache.grow` needs no case for them."""
         empty = jnp.zeros((batch, 1, size, 1), jnp.int32)
         return {"layers": {"tokens": empty, "positions": empty}, "segments": jnp.zeros((batch, size), jnp.int32), "length": jnp.zeros((), jnp.int32)}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxalign import shard
 from jaxalign.models import Architecture, FamilyModel
-from jaxalign.ops import nn
+from jaxalign.ops import kvcache, nn
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
@@ -72,12 +72,12 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     norm = lambda x, p: nn.layer_norm(x, p["scale"], p["bias"], cfg.norm_eps)
     x = nn.embed(params["embed"], tokens, cfg.dtype) + nn.embed(params["positions"], positions, cfg.dtype, ".")
     x = shard.constrain(x, "batch", "time", None)
-    cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
+    cache, kv_segments, start = kvcache.reserve(cache, segments) if cache else (None, segments, 0)
 
     def block(p, x, kv):
         q, k, v = map(heads, jnp.split(nn.name(nn.linear(norm(x, p["ln_1"]), p["qkv"]["w"], p["qkv"]["b"]), "qkv"), 3, axis=-1))
         if kv is not None:
-            kv, k, v = nn.cache_write(kv, k, v, start)
+            kv, k, v = kvcache.write(kv, k, v, start)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
         a = nn.name(nn.linear(a.reshape(B, T, -1), p["o"]["w"], p["o"]["b"]), "o")
         x = shard.constrain(x + a, "batch", "time", None)
@@ -103,7 +103,7 @@ def unembed(cfg: Config, params) -> nn.Unembed:
 
 
 def init_cache(cfg: Config, batch: int, size: int):
-    return nn.init_cache(cfg.layers, batch, size, cfg.heads, cfg.dim // cfg.heads, jnp.dtype(cfg.dtype), cfg.scan)
+    return kvcache.init(cfg.layers, batch, size, cfg.heads, cfg.dim // cfg.heads, jnp.dtype(cfg.dtype), cfg.scan)
 
 
 def flops_per_token(cfg: Config, length: int) -> float:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxalign import shard
 from jaxalign.models import Architecture, FamilyModel, dense_names, norm_names
-from jaxalign.ops import nn, rope
+from jaxalign.ops import kvcache, nn, rope
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import UserError
@@ -94,13 +94,13 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     spread = lambda x: shard.constrain(x, "batch", "time", None)
     x = spread(nn.embed(params["embed"], tokens, cfg.dtype))
     table = rope.table(positions, cfg.rotary_width, cfg.rope_theta, cfg.rope_scaling, segments=segments, max_len=cfg.max_len)
-    cache, kv_segments, start = nn.cache_open(cache, segments) if cache else (None, segments, 0)
+    cache, kv_segments, start = kvcache.reserve(cache, segments) if cache else (None, segments, 0)
 
     def block(p, x, kv):
         q, k, v = jnp.moveaxis(nn.name(dense(norm(x, p["ln_1"]), p["qkv"]), "qkv").reshape(B, T, cfg.heads, 3, -1), 3, 0)
         q, k = rope.rotate(q, table), rope.rotate(k, table)
         if kv is not None:
-            kv, k, v = nn.cache_write(kv, k, v, start)
+            kv, k, v = kvcache.write(kv, k, v, start)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=start)
         a = nn.name(dense(a.reshape(B, T, -1), p["o"]), "o")
         h = norm(x if cfg.parallel else x + a, p["ln_2"])
@@ -121,7 +121,7 @@ def unembed(cfg: Config, params) -> nn.Unembed:
 
 
 def init_cache(cfg: Config, batch: int, size: int):
-    return nn.init_cache(cfg.layers, batch, size, cfg.heads, cfg.dim // cfg.heads, jnp.dtype(cfg.dtype), cfg.scan)
+    return kvcache.init(cfg.layers, batch, size, cfg.heads, cfg.dim // cfg.heads, jnp.dtype(cfg.dtype), cfg.scan)
 
 
 def flops_per_token(cfg: Config, length: int) -> float:

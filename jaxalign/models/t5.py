@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.models import Architecture, FamilyModel
-from jaxalign.ops import nn
+from jaxalign.ops import kvcache, nn
 from jaxalign.ops.attention import attend
 from jaxalign.ops.nn import Spec
 from jaxalign.types import Inputs, UserError
@@ -157,14 +157,14 @@ def hidden(cfg: Config, params, tokens, segments, positions, *, inputs=None, cac
     else:
         cross, seen = cache["cross"], cache["cross_segments"]
     x = spread(nn.embed(params["embed"], tokens, cfg.dtype))
-    cache, kv_segments, begin = nn.cache_open(cache, segments, positions) if cache else (None, segments, 0)
+    cache, kv_segments, begin = kvcache.reserve(cache, segments, positions) if cache else (None, segments, 0)
     bias = _bias(cfg, side["bias"], positions, cache["positions"] if cache else positions, False)
 
     def block(p, x, kv, other):
         h = norm(x, p["attn_norm"])
         q, k, v = (_split(cfg, nn.name(nn.linear(h, p[name]), "qkv")) for name in "qkv")
         if kv is not None:
-            kv, k, v = nn.cache_write(kv, k, v, begin)
+            kv, k, v = kvcache.write(kv, k, v, begin)
         a = attend(q, k, v, q_segments=segments, kv_segments=kv_segments, start=begin, scale=1.0, bias=bias)
         x = spread(x + nn.name(nn.linear(a.reshape(B, T, -1), p["o"]), "o"))
         q = _split(cfg, nn.linear(norm(x, p["cross_norm"]), p["cross_q"]))
@@ -181,7 +181,7 @@ def unembed(cfg: Config, params) -> nn.Unembed:
 
 
 def init_cache(cfg: Config, batch: int, size: int):
-    return nn.init_cache(cfg.layers, batch, size, cfg.heads, cfg.head_dim, jnp.dtype(cfg.dtype), cfg.scan, positions=True)
+    return kvcache.init(cfg.layers, batch, size, cfg.heads, cfg.head_dim, jnp.dtype(cfg.dtype), cfg.scan, positions=True)
 
 
 def flops_per_token(cfg: Config, length: int) -> float:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import shard
-from jaxalign.ops import nn
+from jaxalign.ops import kvcache
 from jaxalign.rl import rollout, speculative
 from jaxalign.rl.rollout import Sampling, draw, ends, for_decoding, grouped, together, uniforms
 from jaxalign.types import Model, Prompts, Rollout, Tree, UserError
@@ -133,7 +133,7 @@ def _admit(model, how, P, params, prompts, c, u, rows, slots):
         width[time] = (0, old.shape[time] - new.shape[time])
         return jnp.moveaxis(old.at[slots].set(jnp.pad(new, width), mode="drop"), 0, axis)
 
-    cache = nn.cache_rows(place, c["cache"], {**h.cache, "length": length})
+    cache = kvcache.map_rows(place, c["cache"], {**h.cache, "length": length})
     put = lambda name, value: c[name].at[slots].set(value, mode="drop")
     return {**c, **new, "cache": cache, "token": put("token", token), "done": put("done", done), "made": put("made", jnp.ones_like(rows)), "row": put("row", rows)}
 

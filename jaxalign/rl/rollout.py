@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import shard
-from jaxalign.ops import nn, sampling
+from jaxalign.ops import kvcache, nn, sampling
 from jaxalign.ops.logprob import next_logits
 from jaxalign.types import Model, Prompts, Rollout, UserError
 
@@ -97,7 +97,7 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
     cache = h.cache
     if group > 1:
         prompts = grouped(prompts, group)
-        cache = nn.cache_rows(lambda x, axis: jnp.repeat(x, group, axis), cache)
+        cache = kvcache.map_rows(lambda x, axis: jnp.repeat(x, group, axis), cache)
     tokens, segments, _, row = prompts[:4]
     B, P = tokens.shape
     N = how.max_new
@@ -135,7 +135,7 @@ def generate(model: Model, how: Sampling, params, prompts: Prompts, key, version
     }
     # A step attends over all slots there are, so a long completion is given the second half of its own when it gets there.
     for n in (N // 2, N) if N >= LONG else (N,):
-        c = jax.lax.while_loop(lambda c, n=n: (c["t"] < n) & ~c["done"].all(), body, {**c, "cache": nn.cache_grow(c["cache"], P + n)})
+        c = jax.lax.while_loop(lambda c, n=n: (c["t"] < n) & ~c["done"].all(), body, {**c, "cache": kvcache.grow(c["cache"], P + n)})
     return together(prompts, how.pad, c["out"].T, c["logp"].T, c["count"], c["done"], version)
 
 

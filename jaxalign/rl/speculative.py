@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops import nn, rope, sampling
+from jaxalign.ops import kvcache, nn, rope, sampling
 from jaxalign.ops.logprob import next_logits
 from jaxalign.rl.rollout import Sampling, ends, grouped, together
 from jaxalign.types import Model, Prompts, Tree, UserError
@@ -64,7 +64,7 @@ def _generate(model, draft, how, group, params, draft_params, prompts, key, vers
         """All of the prompt but its last token, which the first round reads. (weights for decoding, cache)"""
         real = jnp.arange(P) < length[:, None] - 1
         c = m.hidden(p, text[:, :P], real.astype(jnp.int32), jnp.where(real, jnp.arange(P), 0), cache=m.init_cache(B, P)).cache
-        return nn.for_decoding(p, c), nn.cache_grow({**c, "length": length - 1}, S)
+        return nn.for_decoding(p, c), kvcache.grow({**c, "length": length - 1}, S)
 
     def forward(m, p, cache, tokens, live, at):
         """Hidden states of tokens [B,T] at slots from at i32[B] on."""

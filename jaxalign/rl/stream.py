@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import shard
-from jaxalign.ops import nn
+from jaxalign.ops import kvcache
 from jaxalign.rl.rollout import Sampling, check_length, draw, for_decoding, uniforms
 from jaxalign.types import Model, Tree, UserError
 
@@ -110,7 +110,7 @@ class Stream:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _grown(cache, size):
-    return nn.cache_grow(cache, size)
+    return kvcache.grow(cache, size)
 
 
 def _opened(cache, at):

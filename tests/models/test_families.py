@@ -10,7 +10,7 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from jaxalign import shard, tree
 from jaxalign.models import FamilyModel, decoder, flax_module, gpt2, neox
-from jaxalign.ops import logprob, nn
+from jaxalign.ops import kvcache, logprob, nn
 from jaxalign.ops.attention import attend
 from jaxalign.types import UserError
 
@@ -181,7 +181,7 @@ def test_cached_decoding_equals_the_full_forward(case):
             h = case.model.hidden(params, token[:, None], jnp.ones((3, 1), jnp.int32), jnp.asarray(prompts)[:, None] + i, cache=cache)
             return h.cache, out(h)[:, 0]
 
-        cache, steps = jax.lax.scan(step, nn.cache_grow(h.cache, P + N), (tokens[:, P:].T, jnp.arange(N)))
+        cache, steps = jax.lax.scan(step, kvcache.grow(h.cache, P + N), (tokens[:, P:].T, jnp.arange(N)))
         return out(h), steps.swapaxes(0, 1), cache["length"], cache["segments"]
 
     first, steps, length, segments = run(case.params, TOKENS.astype(np.int32))

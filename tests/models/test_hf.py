@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jaxalign import shard, tree
 from jaxalign.models import FamilyModel, decoder, heads, hf
-from jaxalign.ops import logprob, nn
+from jaxalign.ops import kvcache, logprob, nn
 from jaxalign.types import UserError
 from safetensors.numpy import load_file, save_file
 
@@ -91,7 +91,7 @@ def test_greedy_continuation_through_the_cache(parity):
             h = model.hidden(params, token[:, None], jnp.ones((B, 1), jnp.int32), positions[:, -1:] + 1 + i, cache=cache)
             return (choose(params, h.x), h.cache), token
 
-        return jax.lax.scan(step, (choose(params, h.x), nn.cache_grow(h.cache, P + N)), jnp.arange(N))[1].T
+        return jax.lax.scan(step, (choose(params, h.x), kvcache.grow(h.cache, P + N)), jnp.arange(N))[1].T
 
     got = generate(params, io["left_pad_input_ids"].astype(np.int32), mask, io["left_pad_position_ids"].astype(np.int32))
     np.testing.assert_array_equal(got, want)

@@ -16,7 +16,7 @@ import pytest
 from jaxalign import shard, tree
 from jaxalign.models import FamilyModel, heads, hf, lora, peft
 from jaxalign.objectives import lm
-from jaxalign.ops import logprob, nn
+from jaxalign.ops import kvcache, logprob, nn
 from jaxalign.train import step
 from jaxalign.types import Inputs, Tokens, UserError
 
@@ -170,7 +170,7 @@ def test_cached_decoding_equals_the_full_forward(cases):
                 h = model.hidden(params, token[:, None], jnp.ones((B, 1), jnp.int32), jnp.asarray(prompts)[:, None] + i, cache=cache)
                 return h.cache, logprob.logits(h.x, model.unembed(params))[:, 0]
 
-            return jax.lax.scan(step, nn.cache_grow(h.cache, P + N), (tokens[:, P : P + N].T, jnp.arange(N)))[1].swapaxes(0, 1)
+            return jax.lax.scan(step, kvcache.grow(h.cache, P + N), (tokens[:, P : P + N].T, jnp.arange(N)))[1].swapaxes(0, 1)
 
         got = run(c.params, c.tokens, c.inputs())
         for b, n in enumerate(prompts):

@@ -211,7 +211,7 @@ def test_two_processes_import_and_export_together(mixture, tmp_path):
     directory, _ = mixture
     (directory / "tokenizer.bytes").touch()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "4"}
-    convert = lambda *a: subprocess.run([sys.executable, "-m", "jaxalign.cli.main", "convert", "--processes=2", *a], env=env, check=True, timeout=200)
+    convert = lambda *a: subprocess.run([sys.executable, "-m", "jaxalign", "convert", "--processes=2", *a], env=env, check=True, timeout=200)
     convert(f"--hf={directory}", f"--to={tmp_path / 'run'}", "--resize_vocab=264")  # the tokenizer of bytes has 259 ids
     convert(f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
     (directory / "tokenizer.bytes").unlink()

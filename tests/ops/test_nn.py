@@ -1,4 +1,4 @@
-"""Specs, norms, rope, layer stack, cache: against numpy and by hand."""
+"""Specs, norms, rope, layer stack: against numpy and by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -62,22 +62,3 @@ def test_stack_scans_and_unrolls_alike():
     np.testing.assert_allclose(scanned[0], unrolled[0], rtol=1e-6)
     np.testing.assert_allclose(scanned[1], np.stack(unrolled[1]), rtol=1e-6)
     assert nn.stack(block, params, x, None, 3, scan=False, each=each)[1] is None
-
-
-def test_cache_writes_in_order_and_grows():
-    for scan in (False, True):
-        cache = nn.init_cache(2, 3, 4, 1, 2, jnp.float32, scan)
-        cache, segments, start = nn.cache_open(cache, np.ones((3, 2), np.int32))
-        assert start == 0 and cache["length"] == 2
-        np.testing.assert_array_equal(segments, [[1, 1, 0, 0]] * 3)
-        layer = jax.tree.map(lambda x: x[0], cache["layers"]) if scan else cache["layers"][0]
-        kv, k, v = nn.cache_write(layer, jnp.ones((3, 2, 1, 2)), 2 * jnp.ones((3, 2, 1, 2)), start)
-        np.testing.assert_array_equal(kv["v"][0, 0, :, 0], [2, 2, 0, 0])
-        np.testing.assert_array_equal(v[0, :, 0, 0], [2, 2, 0, 0])
-        np.testing.assert_array_equal(k[0, :, 0, 0], [1, 1, 0, 0])
-        cache = nn.cache_grow(cache, 7)
-        shape = (2, 3, 1, 7, 2) if scan else (3, 1, 7, 2)
-        assert {x.shape for x in jax.tree.leaves(cache["layers"])} == {shape}
-        _, segments, start = nn.cache_open(cache, 5 * np.ones((3, 1), np.int32))
-        np.testing.assert_array_equal(segments, [[1, 1, 5, 0, 0, 0, 0]] * 3)
-        assert start == 2

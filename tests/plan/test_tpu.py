@@ -63,7 +63,7 @@ def test_what_does_not_fit_says_why():
 @pytest.mark.parametrize("preset, topology, chips", [("1b_sft", "v5e:4x4", 16), ("8b_dpo", "v5p:4x4x4", 64), ("8b_ppo", "v5p:4x4x4", 64), ("70b_sft", "v5p:4x8x8", 256)])
 def test_the_large_configs_fit(preset, topology, chips, tmp_path):
     out = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "jaxalign.cli.main", "plan", f"--config={runs.ROOT / 'configs/large.py'}:{preset}", f"--topology={topology}", f"--json={out}"]
+    command = [sys.executable, "-m", "jaxalign", "plan", f"--config={runs.ROOT / 'configs/large.py'}:{preset}", f"--topology={topology}", f"--json={out}"]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": f"{runs.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}, check=True, timeout=3600)
     p = json.loads(out.read_text())
     assert p["fits"] and p["chips"] == chips and 0 < p["mfu"] <= 1
