@@ -108,10 +108,7 @@ class Stage:
                 peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}) | ({"teacher": state.fingerprint(self.frozen["teacher"])} if "teacher" in self.frozen else {}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
-            params = state.averaged(st)
-            params = tree.merge(params, self.base) if self.base is not None else params
-            params = self.objective.finish(params, st.aux) if self.objective.finish else params
-            params = params["policy"] if "rl" in c else params
+            params = result(self.objective, c, st, self.base)
             if not adapts(c):
                 return params
             self.adapted = params
@@ -126,6 +123,14 @@ class Stage:
             trunk, head = self.adapted.get("trunk", self.adapted), params.get("head")
             peft.save(self.workdir / "adapter", self.world.model, trunk, base=self.config.init or None, head=head, rs=self.config.adapter.rslora)
         checkpoint.save_tree(self.workdir / "params", params, {"stage": self.name, "objective": self.config.objective.name})
+
+
+def result(objective: Objective, c: ConfigDict, s: state.TrainState, still: Tree | None) -> Tree:
+    """What a stage would leave behind if it ended in this state, adapters not yet merged."""
+    params = state.averaged(s)
+    params = params if still is None else tree.merge(params, still)
+    params = objective.finish(params, s.aux) if objective.finish else params
+    return params["policy"] if "rl" in c else params
 
 
 def normalised(s: Stage, by: str, params: Tree) -> Tree:
@@ -343,10 +348,7 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
         known = evaluate(s, counts, whole) if evaluate is not None else {}
         if whole:
             return known
-        params = state.averaged(s)
-        params = tree.merge(params, frozen["base"]) if "base" in frozen else params
-        finish = getattr(objective, "finish", None)
-        params = finish(params, s.aux) if finish else params["policy"] if "rl" in c else params
+        params = result(objective, c, s, frozen.get("base"))
         return known | {k + of: v for of, look in looks.items() for k, v in look(params, s.key, int(s.step)).items()}
 
     return both

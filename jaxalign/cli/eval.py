@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from jaxalign.cli import answers
+from jaxalign.cli import answers, frontier as frontiers
 from jaxalign.cli.main import common, needed
 from jaxalign.types import UserError
 
@@ -20,9 +20,12 @@ def define(fv):
     flags.DEFINE_integer("samples", 0, "samples per policy (0: what the config says); with --prompts, answers to each prompt (0: 1)", flag_values=fv)
     flags.DEFINE_integer("stride", 0, "of language models also the loss in windows of data.seq_len tokens that begin every so many", lower_bound=0, flag_values=fv)
     answers.define(fv)
+    frontiers.define(fv)
 
 
 def main(fv, rest):
+    if fv.frontier:
+        return frontiers.main(fv)
     needed(fv, "config", "workdir")
     from jaxalign import build
 

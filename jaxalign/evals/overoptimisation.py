@@ -34,7 +34,21 @@ def fit_best_of_n(kl, reward) -> Fit:
 def fit_rl(kl, reward) -> Fit:
     """R(d) = d (a - b log d), as `fit_best_of_n`; highest at d = exp(a/b - 1), where it is b d."""
     d, r = _distance(kl, reward)
-    a, b, r2 = _least_squares(np.stack([d, -d * np.log(d)], 1), r)
+    return _rl(*_least_squares(np.stack([d, -d * np.log(d)], 1), r))
+
+
+def fit_rl_and_start(kl, reward) -> tuple[float, Fit]:
+    """(R0, fit) of R0 + d (a - b log d), where nobody measured the reward at KL 0: three constants, so points at four KLs or more.
+    `Fit.peak` is what the policy won over R0."""
+    kl, reward = paired(kl, reward)
+    if (kl < 0).any() or len(np.unique(kl)) < 4:
+        raise ValueError(f"three constants need points at four different KLs, none of them negative; got {len(np.unique(kl))}, from {kl.min():g} on")
+    d = np.sqrt(kl)
+    start, *ab, r2 = _least_squares(np.stack([np.ones_like(d), d, -d * np.log(np.where(d > 0, d, 1.0))], 1), reward)
+    return start, _rl(*ab, r2)
+
+
+def _rl(a: float, b: float, r2: float) -> Fit:
     top = math.exp(min(a / b - 1, 300.0)) if b > 0 else math.inf
     return Fit(a, b, r2, top * top, b * top if b > 0 else math.inf)
 
@@ -54,6 +68,34 @@ def rl_form(fit: Fit, kl) -> np.ndarray:
 def best_of_n_points(proxy, gold, ns: Sequence[int]) -> list[tuple[float, float]]:
     """(analytic KL, unbiased gold reward) of the best of each n by `proxy`, from f[G,K] samples of the start with K >= max(ns)."""
     return [(best_of_n_kl(n), best_of_n(proxy, gold, n)) for n in ns]
+
+
+class Turn(NamedTuple):
+    """Of a policy's way, point after point, each the mean with its two neighbours: a peak of one noisy evaluation is none."""
+
+    at: int  # index of the highest point
+    kl: float
+    reward: float
+    end_kl: float
+    end_reward: float
+    noise: float  # standard deviation of a single point around its neighbours
+    turned: bool  # it lost more by the end than three times the noise
+
+
+def turn(kl, reward) -> Turn:
+    """Where the reward was highest, and whether it fell from there; kl and reward f[N] in the order of training."""
+    kl, reward = paired(kl, reward)
+    soft = smooth(reward)
+    at = int(soft.argmax())
+    # A point less the mean of itself and both neighbours has 2/3 of a point's variance.
+    noise = float(np.sqrt(np.mean((reward - soft)[1:-1] ** 2) * 1.5)) if len(soft) > 2 else 0.0
+    return Turn(at, float(kl[at]), float(soft[at]), float(kl[-1]), float(soft[-1]), noise, bool(soft[at] - soft[-1] > 3 * noise))
+
+
+def smooth(y) -> np.ndarray:
+    """The mean of each of f[N] points with its neighbours; the first and the last stand for one that is not there."""
+    wide = np.concatenate([y[:1], y, y[-1:]])
+    return (wide[:-2] + wide[1:-1] + wide[2:]) / 3
 
 
 def running_maximum(kl, reward) -> list[tuple[float, float]]:
@@ -89,6 +131,7 @@ def _distance(kl, reward):
 
 
 def _least_squares(x, y):
-    (a, b), *_ = np.linalg.lstsq(x, y, rcond=None)
+    """The constants, and the share of the variance that they explain."""
+    constants, *_ = np.linalg.lstsq(x, y, rcond=None)
     total = ((y - y.mean()) ** 2).sum()
-    return float(a), float(b), float(1 - ((y - x @ np.array([a, b])) ** 2).sum() / total) if total > 0 else math.nan
+    return *map(float, constants), float(1 - ((y - x @ constants) ** 2).sum() / total) if total > 0 else math.nan
