@@ -51,11 +51,11 @@ def get_config(arg=None):
             optim=dict(lr=6e-4, warmup=3),
         )
         return c
-    c.rounds = build.rounds("reward", "ppo", count=2 if small else 3, each=24 if small else 200, candidates=5, labeller="people" if arg == "people" else "", sampling=dict(max_new=48))
+    c.rounds = build.rounds("reward", "ppo", count=2 if small else 3, each=24 if small else 200, held_out=16 if small else 64, candidates=5, labeller="people" if arg == "people" else "", sampling=dict(max_new=48))
     c.stages.reward = build.stage(
         "reward",
         init="sft",
-        data=dict(path="data/rankings_{rounds}.jsonl", batch_size=8),
+        data=dict(path="data/rankings_{rounds}.jsonl", eval_path="data/held_{round}.jsonl", batch_size=8),
         train=dict(steps=steps(100), save_every=50),
         optim=dict(lr=8e-4, schedule="linear", end=0.0, warmup=10, b2=0.99, weight_decay=0.1),
     )

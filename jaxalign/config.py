@@ -270,7 +270,7 @@ def rounds(*order: str, **over: Any) -> dict[str, Any]:
 
     In the texts of these stages {round} is the round's number, {rounds} (of a file) the files of all rounds so far, {policy} the
     policy that the round begins with, and the name of a stage of the round's own stands with {round}: reward="reward_{round}".
-    The files of a round, data/{rankings,pairs,best}_{round}.jsonl and data/kept_{round}_{1,2,...}.jsonl, are made when a stage reads
+    The files of a round, data/{rankings,held,pairs,best}_{round}.jsonl and data/kept_{round}_{1,2,...}.jsonl, are made when a stage reads
     them, of what that policy answers then (`cli.rounds`).
     """
     section = {
@@ -280,6 +280,7 @@ def rounds(*order: str, **over: Any) -> dict[str, Any]:
         "policy": order[-1] if order else "",  # which stage of a round is its new policy
         "prompts": "data/prompts.jsonl",
         "each": 64,  # prompts of a round, the next ones of the file
+        "held_out": 32,  # prompts of a round, from the end of the file, whose answers are ranked for data/held_{round}.jsonl alone
         "candidates": 4,  # answers to each
         "sampling": {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))},
         # Who says which answer is better: "" the world's labellers; "people", who write data/rankings_{round}.jsonl; a function

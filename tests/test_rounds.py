@@ -66,6 +66,7 @@ class Killed(BaseException):
 def test_two_rounds_killed_in_the_second(data, tmp_path, monkeypatch, capsys):
     """Killed where the policy of round 2 has done one step; gone on with, the very same bits; and the lineage says what came from what."""
     c = conf(data, "reward", "ppo")
+    c.stages.reward.data.eval_path, c.rounds.held_out = "data/held_{round}.jsonl", 4
     assert list(build.stages(c)) == ["sft", "reward_1", "ppo_1", "reward_2", "ppo_2"]
     pipeline.run(c, tmp_path / "whole")
     log = RunLog.metrics
@@ -85,15 +86,22 @@ def test_two_rounds_killed_in_the_second(data, tmp_path, monkeypatch, capsys):
     assert json.dumps(whole["ppo_1"]) != json.dumps(whole["ppo_2"]) and whole["samples_1.jsonl"] != whole["samples_2.jsonl"]
 
     lines = lineage.read(tmp_path / "whole")
-    assert list(lines) == ["sft", "rankings_1", "reward_1", "ppo_1", "rankings_2", "reward_2", "ppo_2"]
+    assert list(lines) == ["sft", "rankings_1", "held_1", "reward_1", "ppo_1", "rankings_2", "held_2", "reward_2", "ppo_2"]
     weights = {n: e.get("weights") for n, e in lines.items()}
     of = lambda n: {"from": n, "weights": weights[n]}  # noqa: E731
     assert lines["ppo_2"]["parents"] == {"init": of("ppo_1"), "rl.reference": of("sft"), "rl.reward": of("reward_2")}
     assert lines["rankings_2"]["parents"] == {"policy": of("ppo_1"), "labeller": {"from": "test_rounds:taste"}}
-    assert list(lines["reward_2"]["data"]) == ["data/rankings_1.jsonl", "data/rankings_2.jsonl"]
+    assert list(lines["reward_2"]["data"]) == ["data/held_2.jsonl", "data/rankings_1.jsonl", "data/rankings_2.jsonl"]
     assert lines["reward_2"]["data"]["data/rankings_1.jsonl"] == lines["rankings_1"]["data"]["data/rankings_1.jsonl"] == lineage.file_hash(tmp_path / "whole/data/rankings_1.jsonl")
     assert "files" in lines["sft"]["parents"]["init"] and len(set(weights.values()) - {None}) == 5
+    last = [json.loads(line) for line in (tmp_path / "whole/reward_2/metrics.jsonl").read_text().splitlines()][-1]
+    assert lines["reward_2"]["held_out"]["accuracy"] == last["eval/accuracy"] and "held_out" not in lines["ppo_2"]
+    assert lines["reward_1"]["held_out"] != lines["reward_2"]["held_out"] and lines["held_2"]["parents"]["policy"] == of("ppo_1")
+    asked = [[json.loads(line)["prompt"] for line in (tmp_path / f"whole/data/{n}.jsonl").read_text().splitlines()] for n in ("held_samples_1", "held_samples_2")]
+    prompts = [json.loads(line)["prompt"] for line in (data / "prompts.jsonl").read_text().splitlines()]
+    assert asked == [prompts[:-5:-1], prompts[-5:-9:-1]]
     page = (tmp_path / "whole/report.html").read_text()
+    assert f"held-out accuracy {lines['reward_2']['held_out']['accuracy']:.3g}".rstrip("0.") in page
     assert "Lineage" in page and weights["ppo_1"][:8] in page and "labels by test_rounds:taste" in page
 
     # A round's stage is opened by its directory as any other; what has changed since is said.
@@ -116,6 +124,20 @@ def asked(c, w, name):
     rounds.write(w, None, c, build.stages(c)[name])
     rounds.note(w, c, build.stages(c)[name])
     return lambda n: [json.loads(line) for line in (w.workdir / f"data/{n}.jsonl").read_text().splitlines()]
+
+
+def test_what_is_held_out_was_never_asked(data, tmp_path):
+    c = conf(data, "reward", start=str(data / "start"), held_out=5)  # of 24 prompts, 2 x 8 are learned from
+    c.stages.reward.data.eval_path = "data/held_{round}.jsonl"
+    with pytest.raises(UserError, match=r"24 rows, and 2 rounds of 8 to learn from and 5 to judge by need 26"):
+        asked(c, build.world(c, tmp_path), "reward_1")
+    with c.unlocked():
+        c.rounds.held_out, c.rounds.labeller = 4, "people"
+    w = build.world(c, tmp_path)
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data/rankings_1.jsonl").write_text((tmp_path / "data/samples_1.jsonl").read_text().replace("}", ', "ranks": [0, 1, 2]}'))
+    with pytest.raises(UserError, match=r"to_rank_held_1\.jsonl holds \d prompts(.|\n)*held_1\.jsonl"):
+        asked(c, w, "reward_1")
 
 
 def test_people_label(data, tmp_path):

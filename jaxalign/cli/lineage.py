@@ -1,7 +1,7 @@
 """What came from what: WORKDIR/lineage.jsonl, a line for every stage that a pipeline finished and every file of labels it made.
 
 A line has "name", "kind" (stage or data), "weights" (a hash of every bit of them), "parents" {field: {"from", "weights"}} and "data"
-{path: SHA-256}. Nothing reads it to decide what to run; it says what was run, and notices what has changed since.
+{path: SHA-256}; that of a reward model also "held_out", its last metrics on data.eval_path. Nothing reads it to decide what to run; it says what was run, and notices what has changed since.
 """
 
 from __future__ import annotations
@@ -38,7 +38,21 @@ def stage(w, name: str, c, params) -> None:
     from jaxalign.train import state
 
     weights = state.fingerprint(params)
-    write(w.workdir, {"name": name, "kind": "stage", "objective": c.objective.name, "weights": weights, **_origins(w, c)})
+    write(w.workdir, {"name": name, "kind": "stage", "objective": c.objective.name, "weights": weights, **_held_out(w, name, c), **_origins(w, c)})
+
+
+def _held_out(w, name: str, c) -> dict:
+    """What a policy of the round was taught by: how good the reward model was, round by round, is the first thing to look at when a round gained nothing."""
+    import jax
+
+    from jaxalign import build
+    from jaxalign.train.log import read_jsonl
+
+    path = w.stage_dir(name) / "metrics.jsonl"
+    if jax.process_index() or c.objective.name not in build.REWARDS or not path.exists():
+        return {}
+    said = [e for r in read_jsonl(path) if (e := {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")})]
+    return {"held_out": said[-1]} if said else {}
 
 
 def check(w, name: str, c) -> None:

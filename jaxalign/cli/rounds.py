@@ -4,6 +4,7 @@
     data/rankings_2.jsonl    the same with ranks, 0 the best (a labeller's; people's, see below)
     data/pairs_2.jsonl       disjoint pairs of these answers (DPO)
     data/best_2.jsonl        the best against the worst (iterative DPO, 2312.16682)
+    data/held_2.jsonl        answers to prompts that no round learns from, ranked the same way: what its reward model is judged on
     data/kept_2_1.jsonl      the good ones as demonstrations (RAFT, ReST, RFT, STaR), a file for every quantile
 
 A file is made when a stage reads it and it is not there, and written under a temporary name first; so a pipeline may stop anywhere.
@@ -22,12 +23,12 @@ import numpy as np
 from jaxalign.cli import lineage
 from jaxalign.types import UserError
 
-FILE = re.compile(r"(rankings|pairs|best|kept)_(\d+)(?:_(\d+))?\.jsonl")
+FILE = re.compile(r"(rankings|held|pairs|best|kept)_(\d+)(?:_(\d+))?\.jsonl")
 
 
 def _files(config, c) -> list[tuple[str, str, int, int]]:
     """(path, kind, round, which quantile) of the files of rounds that a stage reads."""
-    names = [(p, FILE.fullmatch(Path(p).name)) for p in (c.data.path or "").split(",")] if "rounds" in config else []
+    names = [(p, FILE.fullmatch(Path(p).name)) for p in f"{c.data.path or ''},{c.data.get('eval_path') or ''}".split(",")] if "rounds" in config else []
     return [(p, m[1], int(m[2]), int(m[3] or 1)) for p, m in names if m]
 
 
@@ -52,8 +53,8 @@ def write(w, world, config, c) -> None:
     for path, kind, k, i in _files(config, c):
         if _there(w.workdir / path):
             continue
-        if kind in ("rankings", "pairs"):
-            ranked = _rankings(w, world, config, k)
+        if kind in ("rankings", "held", "pairs"):
+            ranked = _rankings(w, world, config, k, kind == "held")
             if kind == "pairs":
                 from jaxalign.cli.pipeline import disjoint_pairs
 
@@ -72,31 +73,35 @@ def note(w, config, c) -> None:
         if name in lineage.read(w.workdir):
             continue
         r = config.rounds
-        who = r.labeller if kind in ("rankings", "pairs") else r.scorer or r.labeller
+        who = r.labeller if kind in ("rankings", "held", "pairs") else r.scorer or r.labeller
         parents = {"policy": lineage.origin(w, build.policy_of(config, k))}
         if who and who != "people":
             parents["labeller"] = lineage.origin(w, _of_round(who, k))
-        files = {p: lineage.file_hash(w.workdir / p) for p in (f"data/samples_{k}.jsonl", f"data/rankings_{k}.jsonl", path)}
+        files = {p: lineage.file_hash(w.workdir / p) for p in ((f"data/held_samples_{k}.jsonl",) if kind == "held" else (f"data/samples_{k}.jsonl", f"data/rankings_{k}.jsonl")) + (path,)}
         lineage.write(w.workdir, {"name": name, "kind": "data", "round": k, "labeller": who or "world", "parents": parents, "data": {p: h for p, h in files.items() if h}})
 
 
 # -- answers --------------------------------------------------------------------------------------------------------
 
 
-def _samples(w, config, k: int) -> list[dict]:
-    """Records of round k with "completions": the answers of its policy that a person could judge. From the file, if it is there."""
+def _samples(w, config, k: int, held: bool = False) -> list[dict]:
+    """Records of round k with "completions": the answers of its policy that a person could judge. From the file, if it is there.
+    held: of the prompts that no round learns from, the last ones of the file."""
     import jax
 
     from jaxalign import build
     from jaxalign.data import rows
 
-    path, r = w.workdir / "data" / f"samples_{k}.jsonl", config.rounds
+    path, r = w.workdir / "data" / f"{'held_' if held else ''}samples_{k}.jsonl", config.rounds
     if not _there(path):
         every = [record for record, _ in rows.read(w.find(r.prompts))]
-        records = [every[((k - 1) * r.each + i) % len(every)] for i in range(r.each)]
-        groups = _answers(w, config, k, records, jax.random.key(config.seed))
+        if held and r.count * (r.each + r.held_out) > len(every):
+            raise UserError(f"{r.prompts} has {len(every)} rows, and {r.count} rounds of {r.each} to learn from and {r.held_out} to judge by need {r.count * (r.each + r.held_out)}: lower rounds.each or rounds.held_out, or leave data.eval_path empty")
+        ask = [-1 - (k - 1) * r.held_out - i for i in range(r.held_out)] if held else [((k - 1) * r.each + i) % len(every) for i in range(r.each)]
+        records = [every[i] for i in ask]
+        groups = _answers(w, config, k, records, jax.random.key(config.seed), "held" if held else "round")
         _save(w, path, [{**p, "completions": g} for p, g in zip(records, groups) if g], f"{build.policy_of(config, k)} answered nothing that could be read; train it longer")
-        build.barrier(f"samples {k}")
+        build.barrier(path.stem)
     return [record for record, _ in rows.read(str(path))]
 
 
@@ -120,13 +125,13 @@ def _answers(w, config, k: int, records: list[dict], key, what: str = "round") -
 # -- labels ---------------------------------------------------------------------------------------------------------
 
 
-def _rankings(w, world, config, k: int) -> list[dict]:
+def _rankings(w, world, config, k: int, held: bool = False) -> list[dict]:
     """{"prompt", "completions", "ranks"} of round k by its labeller, from the file if it is there."""
     from jaxalign import build
     from jaxalign.data import rows
 
-    path, who = w.workdir / "data" / f"rankings_{k}.jsonl", config.rounds.labeller
-    rankable = [s for s in _samples(w, config, k) if len(set(s["completions"])) > 1]
+    path, who = w.workdir / "data" / f"{'held' if held else 'rankings'}_{k}.jsonl", config.rounds.labeller
+    rankable = [s for s in _samples(w, config, k, held) if len(set(s["completions"])) > 1]
     if _there(path):
         ranked = [record for record, _ in rows.read(str(path))]
         if who == "people":
@@ -134,7 +139,7 @@ def _rankings(w, world, config, k: int) -> list[dict]:
         return ranked
     bare = [{"prompt": s["prompt"], "completions": s["completions"]} for s in rankable]
     if who == "people":
-        todo = _save(w, path.with_name(f"to_rank_{k}.jsonl"), bare, "no prompt has two answers that differ")
+        todo = _save(w, _asking(path), bare, "no prompt has two answers that differ")
         raise UserError(
             f'round {k} waits for labels: {todo} holds {len(bare)} prompts with their answers. Write them, each with its "ranks" (one number for each answer, 0 the best, equal numbers tie), '
             f"to {path}, leave out those that nobody can judge, and give the same command again"
@@ -142,14 +147,18 @@ def _rankings(w, world, config, k: int) -> list[dict]:
     if not who:
         if world is None:
             raise UserError('rounds.labeller is empty and there is no world whose labellers would rank; set it to "people", to a function as package.module:function, or to a reward model')
-        ranked = world.rankings(rankable, [s["completions"] for s in rankable], config.seed + 1000 * k)
+        ranked = world.rankings(rankable, [s["completions"] for s in rankable], config.seed + 1000 * k + 500 * held)
     else:
         scores = _scores(w, _of_round(who, k), rankable)
         ranked = [{**b, "ranks": [sum(x > own for x in set(s)) for own in s]} for b, s in zip(bare, scores)]
     ranked = [r for r in ranked if len(set(r["ranks"])) > 1]
     _save(w, path, ranked, "the answers to every prompt tie")
-    build.barrier(f"rankings {k}")
+    build.barrier(path.stem)
     return ranked
+
+
+def _asking(path: Path) -> Path:
+    return path.with_name(path.name.replace("rankings_", "to_rank_").replace("held_", "to_rank_held_"))
 
 
 def _asked(path: Path, ranked: list[dict], asked: list[dict]) -> None:
@@ -158,7 +167,7 @@ def _asked(path: Path, ranked: list[dict], asked: list[dict]) -> None:
     known = {row(s) for s in asked}
     for n, r in enumerate(ranked, 1):
         if row(r) not in known or len(r.get("ranks") or []) != len(r["completions"]):
-            raise UserError(f"{path}:{n}: this is no row of {path.with_name(path.name.replace('rankings', 'to_rank'))} with ranks for all of its answers; copy the rows and add ranks, nothing else")
+            raise UserError(f"{path}:{n}: this is no row of {_asking(path)} with ranks for all of its answers; copy the rows and add ranks, nothing else")
 
 
 def _of_round(who: str, k: int) -> str:

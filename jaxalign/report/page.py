@@ -183,7 +183,8 @@ def lineage(workdir: Path, problems: list[str]) -> Html | None:
         origin = lambda k, v: (tag("small", f"{k} "), str(dig(v, "from") or "–"), " ", short(dig(v, "weights") or dig(v, "files")), Html("<br>"))
         files = [(str(p), " ", short(h), Html("<br>")) for p, h in data.items()]
         who = e.get("objective") or (f"labels by {e['labeller']}" if e.get("labeller") else "")
-        rows.append(tag("tr", tag("td", tag("b", str(e.get("name", ""))), tag("small", f" {who}")), tag("td", short(e.get("weights"))), tag("td", *(x for k, v in parents.items() for x in origin(k, v))), tag("td", *(x for f in files for x in f))))
+        accuracy = number(dig(e, "held_out", "accuracy"))
+        rows.append(tag("tr", tag("td", tag("b", str(e.get("name", ""))), tag("small", f" {who}", f", held-out accuracy {show(accuracy, 3)}" if accuracy is not None else "")), tag("td", short(e.get("weights"))), tag("td", *(x for k, v in parents.items() for x in origin(k, v))), tag("td", *(x for f in files for x in f))))
     return join([tag("h2", "Lineage", id="lineage"), _table(["", "weights", "made from", "data"], rows)])
 
 
