@@ -263,6 +263,15 @@ def to_host(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def agreed(n: int) -> int:
+    """The largest over all processes: shapes and loops must be the same on each. For the main thread: all processes must call it in the same order."""
+    if jax.process_count() == 1:
+        return n
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.array(n)).max())
+
+
 def like(params: Tree, state: Tree, mesh: Mesh) -> Tree:
     """Shardings of an optimizer's state (arrays or shapes): what is named like a parameter lies like it, the rest is replicated.
 

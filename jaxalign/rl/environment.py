@@ -181,7 +181,7 @@ class Play:
         rows = [self._begin(i, prompts, salt) for i in range(len(prompts.row))]
         for turn in range(self.turns):
             live = [not c.over for c in rows]
-            width = agreed(max((len(c.ids) for c, on in zip(rows, live) if on), default=0))
+            width = shard.agreed(max((len(c.ids) for c, on in zip(rows, live) if on), default=0))
             if not width:
                 break
             self._turn(rows, live, width, params["policy"], prompts.row, nn.fold(key, "turn", turn), version)
@@ -256,12 +256,3 @@ class Play:
             counted["tool_calls"] = count(lambda c: c.calls)
         scores = Scored(table("reward", np.float32), {self.name: count(lambda c: sum(c.reward))}, environment=counted)
         return shard.place(rollout, self.mesh), shard.place(scores, self.mesh)
-
-
-def agreed(n: int) -> int:
-    """The largest over all processes: shapes and loops must be the same on each."""
-    if jax.process_count() == 1:
-        return n
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.process_allgather(np.array(n)).max())

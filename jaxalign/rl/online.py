@@ -181,7 +181,7 @@ class OnlineSource:
         entry = {"born": self.iteration, "rollout": rollout}
         where = getattr(self.scorer, "where", "")
         if self.staleness and where == "host":
-            entry["scores"] = self._thread.submit(self.scorer, rollout, batch)
+            entry["scores"] = self._thread.submit(rewards.halves(self.scorer)[0], rollout, batch)
         elif not (self.staleness and where == "device"):  # those can wait for their turn: nothing of them is on the host
             entry["rollout"] = rollout = self._here(rollout)
             with self.phase("score"):
@@ -218,9 +218,15 @@ class OnlineSource:
         entry = self._queue.pop(0)
         rollout = self._here(entry["rollout"])
         with self.phase("score"):
-            scored = rewards.scored(_result(entry["scores"]) if "scores" in entry else self.scorer(rollout, None))
+            scored = rewards.scored(self._result(entry) if "scores" in entry else self.scorer(rollout, None))
         counts = {k: float(v) for k, v in jax.device_get(rewards.summary(scored._replace(scores=None))).items()}
         return rollout, scored.scores, entry["born"], counts
+
+    def _result(self, entry: dict):
+        """The scores of a rollout; of those that a thread has made the rest, here in the main one."""
+        if isinstance(entry["scores"], concurrent.futures.Future):
+            entry["scores"] = rewards.halves(self.scorer)[1](entry["rollout"], entry["scores"].result())
+        return entry["scores"]
 
     def _informative(self, params, state) -> tuple[Rollout, Any, int, dict[str, float]]:
         """As `_scored`, of groups that say something, and how many there were of which kind."""
@@ -303,7 +309,7 @@ class OnlineSource:
         if self._queue:
             d["born"] = [e["born"] for e in self._queue]
             for i, e in enumerate(self._queue):
-                scores = {"scores": as_dict(_result(e["scores"]))} if "scores" in e else {}
+                scores = {"scores": as_dict(self._result(e))} if "scores" in e else {}
                 arrays[f"rollout_{i}"] = {**self._here(e["rollout"])._asdict(), **scores}
         return {**d, "arrays": arrays} if arrays else d
 
@@ -322,7 +328,3 @@ class OnlineSource:
             scores = fields.pop("scores", None)
             scores = rewards.Scored(**scores) if isinstance(scores, dict) else scores
             self._queue.append({"born": born, "rollout": Rollout(**fields), **({} if scores is None else {"scores": scores})})
-
-
-def _result(scores):
-    return scores.result() if isinstance(scores, concurrent.futures.Future) else scores

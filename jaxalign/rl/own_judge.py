@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.data.templates import encode_prompt
-from jaxalign.rl.environment import agreed
 from jaxalign.rl.experience import token_logps
 from jaxalign.rl.judge import RATINGS, rating_prompt
 from jaxalign.types import Model, Tokens, Tree
@@ -34,7 +33,7 @@ class Own:
         said = [self.tokenizer.encode(lead + o) for o in options]
         most = (getattr(self.model, "positions", None) or 1 << 30) - max(map(len, said))
         rows = [(ids[-most:], o) for q in questions for ids in [encode_prompt(q, self.tokenizer, self.template)] for o in said]
-        n, T = agreed(len(rows)), agreed(max((len(a) + len(b) for a, b in rows), default=1))
+        n, T = shard.agreed(len(rows)), shard.agreed(max((len(a) + len(b) for a, b in rows), default=1))
         T = 1 << (T - 1).bit_length() if T <= most else T
         shards = shard.batch_shards(self.mesh)
         most = -(-ROWS // shards) * shards

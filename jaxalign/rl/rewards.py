@@ -2,7 +2,7 @@
 
 A scorer is called as ``scorer(rollout, prompts) -> f32[B]``, or f32[B,T] of each token (global arrays), or a `Scored` with
 what these are made of. Its attribute `where`, if it has one, says
-what it needs: "device" (a rollout alone; prompts may be None) or "host" (no device: it may run in a thread).
+what it needs: "device" (a rollout alone; prompts may be None) or "host" (no device: it may run in a thread, as far as `halves` says).
 """
 
 from __future__ import annotations
@@ -37,6 +37,20 @@ def learned(model: ScalarModel, params: Tree) -> Callable:
 def _where(what: str, scorer: Callable) -> Callable:
     scorer.where = what
     return scorer
+
+
+def halves(scorer: Callable) -> tuple[Callable, Callable]:
+    """(call, finish) with scorer(rollout, prompts) == finish(rollout, call(rollout, prompts)): the first may run in a thread; the second may
+    talk to the other processes, which a thread must not, because they do so in one order."""
+    return getattr(scorer, "halves", (scorer, lambda rollout, said: said))
+
+
+def _halved(call: Callable, finish: Callable) -> Callable:
+    def scorer(rollout, prompts):
+        return finish(rollout, call(rollout, prompts))
+
+    scorer.halves = call, finish
+    return _where("host", scorer)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -137,8 +151,11 @@ def parts(scorers: dict[str, Callable], together: Callable) -> Callable:
     """One scorer of several, each by its name in `Scored.parts`: `together(list of scores) -> scores`. Where one scores tokens
     (f32[B,T]), the score of a whole answer stands at its last token."""
 
-    def scorer(rollout, prompts) -> Scored:
-        each = {n: scored(s(rollout, prompts)) for n, s in scorers.items()}
+    def call(rollout, prompts) -> dict:
+        return {n: halves(s)[0](rollout, prompts) for n, s in scorers.items()}
+
+    def finish(rollout, said: dict) -> Scored:
+        each = {n: scored(halves(s)[1](rollout, said[n])) for n, s in scorers.items()}
         of = [x.scores for x in each.values()]
         if any(x.ndim == 2 for x in of):
             of = [x if x.ndim == 2 else advantage.at_last(x, rollout.mask) for x in of]
@@ -148,7 +165,7 @@ def parts(scorers: dict[str, Callable], together: Callable) -> Callable:
     def events() -> list[dict]:
         return [e for s in scorers.values() for e in getattr(s, "events", list)()]
 
-    where = {getattr(s, "where", "") for s in scorers.values()}
+    where, scorer = {getattr(s, "where", "") for s in scorers.values()}, _halved(call, finish)
     scorer.events = events
     return _where(where.pop() if len(where) == 1 else "", scorer)
 
@@ -187,7 +204,7 @@ def python(fn: Callable | str, decode: Callable, mesh, *, name: str = "", limits
     caller = Pool(path, fn, limits) if path and limits.seconds else Here(fn, limits)
     events: list[dict] = []
 
-    def scorer(rollout: Rollout, prompts: Prompts):
+    def call(rollout: Rollout, prompts: Prompts):
         local = {f: shard.to_local(getattr(rollout, f)) for f in ("tokens", "mask", "segments", "row")}
         rows = list(zip(local["tokens"], local["mask"], local["segments"]))
         cases = Cases(
@@ -200,8 +217,6 @@ def python(fn: Callable | str, decode: Callable, mesh, *, name: str = "", limits
         if not caller.group:  # of a single row None and NaN are mistakes, and so is a list where no other row has one
             said = [Failure(f"returned {x!r}") if isinstance(x, list) or x != x else x for x in said]
         broken = not caller.group and Tally.of(limits, said).broken
-        tokens = any(isinstance(x, list) for x in said)
-        out = np.zeros(local["tokens"].shape if tokens else len(rows), np.float32)
         for i, (value, mask) in enumerate(zip(said, local["mask"])):
             if isinstance(value, list) and len(value) != int((mask > 0).sum()):
                 value = Failure(f"returned {len(value)} numbers for the {int((mask > 0).sum())} tokens of a completion")
@@ -211,7 +226,16 @@ def python(fn: Callable | str, decode: Callable, mesh, *, name: str = "", limits
                     hint = "; it must return a finite number" + (" or None" if caller.group else "") + ("" if instead is None else f" (and most rows hang, whatever rl.on_reward_error {limits.on_error})")
                     raise UserError(problem + hint)
                 events.append({"kind": "reward_failed", "function": name, "row": int(local["row"][i]), "error": value.why, "at": value.at})
-                failed[i], value = 1, instead
+                failed[i], said[i] = 1, instead
+        return said, failed
+
+    def finish(rollout: Rollout, answers: tuple):
+        said, failed = answers
+        masks = shard.to_local(rollout.mask)
+        # Where every row of a process failed, it is the others that know whether tokens are scored.
+        tokens = shard.agreed(int(any(isinstance(x, list) for x in said)))
+        out = np.zeros(masks.shape if tokens else len(said), np.float32)
+        for i, (value, mask) in enumerate(zip(said, masks)):
             if isinstance(value, list):
                 out[i, mask > 0] = value
             elif tokens:
@@ -219,14 +243,15 @@ def python(fn: Callable | str, decode: Callable, mesh, *, name: str = "", limits
             else:
                 out[i] = value
         out = shard.place(out, mesh)
-        return out if instead is None else Scored(out, failed={name: shard.place(failed, mesh)})
+        return out if limits.instead() is None else Scored(out, failed={name: shard.place(failed, mesh)})
 
     def drain() -> list[dict]:
         seen, events[:] = list(events), []
         return seen
 
+    scorer = _halved(call, finish)
     scorer.events = drain
-    return _where("host", scorer)
+    return scorer
 
 
 def _imported(path: str) -> Callable:

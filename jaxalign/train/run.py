@@ -71,11 +71,7 @@ def _stop_signal():
 
 def _agree(flag: bool) -> bool:
     """The same answer on every process: a lone one that stops would leave the others waiting in a collective."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+    return bool(shard.agreed(int(flag)))
 
 
 def resume(state: TrainState, source: Source, checkpoints: Checkpoints, log: RunLog, mesh, settings: dict) -> tuple[TrainState, dict]:

@@ -71,3 +71,7 @@ def short(prompts, completions):
 
 def none(prompts, completions):
     return [None for _ in prompts]
+
+
+def group_raises(prompts, completions):
+    raise ValueError("for all of them")

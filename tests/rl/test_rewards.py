@@ -1,7 +1,9 @@
 """Reward functions: groups, sums, token rewards, and every way to misbehave."""
 
+import concurrent.futures
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -114,7 +116,7 @@ def test_without_an_import_path_a_thread_is_abandoned():
 def test_children_end_with_their_scorer():
     s = rewards.python("reward_functions:count", words, MESH, limits=Limits(seconds=5.0))
     s(*rows())
-    pool = next(c.cell_contents for c in s.__closure__ if isinstance(c.cell_contents, functions.Pool))
+    pool = next(c.cell_contents for c in rewards.halves(s)[0].__closure__ if isinstance(c.cell_contents, functions.Pool))
     child = pool._free[0]._child
     assert child.poll() is None
     del s, pool
@@ -147,6 +149,34 @@ def test_a_weighted_sum_logs_its_parts():
     assert s.where == "host"
     nothing = rewards.several({"none": scorer("none"), "of_group": scorer("of_group")}, (1.0, 1.0))(*rows())
     np.testing.assert_array_equal(np.isnan(nothing.scores), np.isnan(b))
+
+
+@pytest.mark.parametrize("instead", ["0.5", "nan"])
+def test_processes_agree_whether_tokens_are_scored(instead, monkeypatch):
+    """One of two processes, where every row failed: nothing that it saw says whether the function scores tokens, but the other one knows."""
+    from jax.experimental import multihost_utils
+
+    others, threads = 0, []
+
+    def gathered(x):
+        threads.append(threading.current_thread())
+        return np.array([x, others])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    rollout, prompts = rows()
+    failing = scorer("group_raises", on_error=instead)
+    assert failing(rollout, prompts).scores.shape == (B,)
+    others = 1
+    got = failing(rollout, prompts)
+    np.testing.assert_array_equal(got.scores, advantage.at_last(np.full(B, float(instead), np.float32), rollout.mask))
+    assert got.failed["group_raises"].all()
+    both = rewards.several({"of_tokens": scorer("of_tokens"), "group_raises": failing}, (1.0, 1.0))
+    call, finish = rewards.halves(both)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # as an online source does, whose step may be talking meanwhile
+        said = thread.submit(call, rollout, prompts).result()
+    assert finish(rollout, said).scores.shape == (B, T)
+    assert set(threads) == {threading.main_thread()}
 
 
 def test_tokens_and_answers_add_up():
