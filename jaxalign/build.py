@@ -294,6 +294,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     evaluate = None
     if c.data.get("eval_path") and "rl" not in c:
         every = {"top": 1.0} if "top" in c.data else {}  # of the held-out episodes all: to choose the best would flatter
+        if c.data.get("standardise") and w.imagined is None:  # in the units that the model has learned, whatever these episodes earn
+            every["standardise"] = tuple(source.report()[k] for k in ("return_mean", "return_std"))
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how, **every)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     if w.imagined is None and kind not in REWARDS and "watch" in (w.config.get("world") or {}):

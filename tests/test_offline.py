@@ -56,6 +56,23 @@ def config(name, data, **over):
     return c
 
 
+def test_held_out_returns_are_in_the_units_of_the_training_set(data, tmp_path):
+    """Episodes that each earn 2 more are held-out returns 2 / std higher, not the same ones again."""
+    rows = [json.loads(line) for line in (data / "episodes.jsonl").read_text().splitlines()]
+    earned = np.array([r["reward"] for r in rows])
+    (tmp_path / "better.jsonl").write_text("".join(json.dumps({**r, "reward": r["reward"] + 2}) + "\n" for r in rows))
+
+    def returns(**over):
+        c = config("mc_returns", data, **{"objective.gamma": 1.0}, **over)
+        s = build.make_stage(build.world(c, tmp_path), "mc_returns", c.stage, tmp_path)
+        return s.evaluate(s.begin()[0])["returns"]
+
+    better = {"data.eval_path": str(tmp_path / "better.jsonl")}
+    np.testing.assert_allclose(returns(**better) - returns(), 2 / earned.std(ddof=1), rtol=1e-4)
+    best = np.sort(earned)[-12:]  # of the training set the half is kept, and its mean and std are those that count
+    np.testing.assert_allclose(returns(**better, **{"data.top": 0.5}) - returns(**{"data.top": 0.5}), 2 / best.std(ddof=1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ilql", "nlpo"])
 def test_killed_and_resumed(name, data, tmp_path, monkeypatch):
     """Death at 5, back to 3: with target heads, and a masking policy, that are neither those of the start nor the newest."""

@@ -25,7 +25,7 @@ def trajectories_source(
     batch_size: int,
     seed: int,
     top: float = 1.0,
-    standardise: bool = False,
+    standardise: bool | tuple[float, float] = False,
     template: Template = PLAIN,
     shuffle: bool = True,
     epochs: int | None = None,
@@ -39,7 +39,8 @@ def trajectories_source(
 
     top: the share of the episodes that is kept, those of the highest return; among equals the earlier rows. standardise: affine
     in the return, so that those kept have mean 0 and std 1 (unbiased, + the f32 epsilon), as trlX: rewards are divided by the std,
-    and the last one of each episode takes the mean off. Longer episodes are dropped and counted: their end is what they earn.
+    and the last one of each episode takes the mean off. Or (mean, std) of other episodes, by which held-out ones stay comparable: those that
+    the report of the training set has. Longer episodes are dropped and counted: their end is what they earn.
     """
     if not 0 < top <= 1:
         raise UserError(f"data.top {top}: the share of the episodes to keep, above 0 and at most 1")
@@ -65,8 +66,9 @@ def trajectories_source(
     returns = np.add.reduceat(value, first[:-1])
     kept = np.sort(np.argsort(-returns, kind="stable")[: math.ceil(top * len(returns))])
     mean, std = returns[kept].mean(), returns[kept].std(ddof=1) if len(kept) > 1 else 0.0
-    corpus.counts.update(return_mean=round(float(mean), 6), return_std=round(float(std), 6), below_top=len(returns) - len(kept))
+    corpus.counts.update(return_mean=float(mean), return_std=float(std), below_top=len(returns) - len(kept))
     if standardise:
+        mean, std = (mean, std) if standardise is True else standardise
         scale = std + np.finfo(np.float32).eps
         value = value / scale
         value[first[1:] - 1] -= mean / scale

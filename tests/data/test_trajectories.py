@@ -86,6 +86,8 @@ def test_the_best_share_and_standardised_returns():
     got = source(records, CHATML, standardise=True).next().rewards
     np.testing.assert_allclose(got.sum(1), (returns - returns.mean()) / returns.std(ddof=1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose([row[row != 0][0] for row in got], 0.25 / returns.std(ddof=1), rtol=1e-5)  # only the last reward takes the mean off
+    told = source(records[:3], CHATML, standardise=(returns.mean(), returns.std(ddof=1))).next().rewards
+    np.testing.assert_array_equal(told, got[:3, : told.shape[1]])  # held out, by the mean and std of others
     alike = source([{"prompt": "a", "completion": str(i), "reward": 3.0} for i in range(4)], standardise=True, top=0.5, batch_size=2)
     assert not alike.next().rewards.any() and alike.report()["below_top"] == 2 and alike.report()["return_mean"] == 3.0
 
