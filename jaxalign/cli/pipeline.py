@@ -39,13 +39,13 @@ def run(config, workdir: Path, profile: str = "") -> dict:
     """The whole pipeline; returns the evaluation."""
     import jax
 
-    from jaxalign import report
+    from jaxalign import build, report
     from jaxalign.cli import eval as evaluation_verb
 
     w, world, clock = trained(config, workdir, profile)
     with clock("evaluate"):
         evaluation = evaluation_verb.evaluate(w, world, config)
-    evaluation["seconds"] = clock.seconds
+    evaluation["stages"], evaluation["seconds"] = list(build.stages(config)), clock.seconds
     evaluation["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     if jax.process_index() == 0:
         _replace(workdir / "evaluation.json", json.dumps(evaluation, indent=1))

@@ -53,8 +53,10 @@ def single(workdir: Path, name: str) -> Html:
 def pipeline(workdir: Path, name: str) -> Html:
     problems: list[str] = []
     config, environment, evaluation = (document(workdir / f"{x}.json", problems) for x in ("config", "environment", "evaluation"))
-    others = sorted(p.parent.name for p in workdir.glob("*/metrics.jsonl") if p.parent.name not in STAGES)
-    stages = [read_stage(workdir / s, s) for s in (*STAGES, *others)]
+    found = {p.parent.name: read_stage(p.parent, p.parent.name) for p in sorted(workdir.glob("*/metrics.jsonl"))}
+    orders = (dig(s.config, "order") for s in found.values())
+    planned = next((o for o in orders if isinstance(o, list) and all(isinstance(n, str) and n == Path(n).name and n not in ("", "..") for n in o)), STAGES)  # those that have not run are missed
+    stages = [found.get(s) or read_stage(workdir / s, s) for s in dict.fromkeys([*planned, *found])]
     origins = lineage(workdir, problems)
     machine = environment or next((s.environment for s in reversed(stages) if s.environment), None)
     links = [("policies", "Policies"), ("samples", "Samples"), *((s.name, TITLES.get(s.name, s.name)) for s in stages), ("reliability", "Reliability"), ("setup", "Setup")]
@@ -87,12 +89,13 @@ def verdict(evaluation: Any) -> Html:
     lines = [
         tag(
             "tr", tag("td", words[r.passed] if r.target else "", class_="mark"), tag("td", r.what, tag("small", r.detail) if r.detail else None),
-            tag("td", r.value, class_="n"), tag("td", r.target, class_="n"), class_=kind[r.passed],
+            tag("td", r.value, class_="n"), tag("td", r.target, class_="n") if r.target else None, class_=kind[r.passed],
         )
         for r in rows
     ]  # fmt: skip
     note = None if isinstance(evaluation, dict) else tag("p", "There is no evaluation: the run has not finished, or it stopped before.")
-    return tag("div", tag("strong", sentence), note, _table(["", "", ("n", "measured"), ("n", "target")], lines), class_=f"verdict {kind[passed]}")
+    head = ["", "", ("n", "measured"), *([("n", "target")] if any(r.target for r in rows) else [])]
+    return tag("div", tag("strong", sentence), note, _table(head, lines) if lines else None, class_=f"verdict {kind[passed]}")
 
 
 def policies(evaluation: Any) -> Html:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from jaxalign.report.read import dig, number, show
+from jaxalign.report.read import dig, number, policies, show
 
 RATIO = 1.03  # of the pretraining NLL to the entropy of the world that wrote the corpus
 REWARD_SLACK = 0.02  # below the accuracy of the gold reward itself: the labels are noisy
 WIN_RATE, KL = 0.70, 10.0  # against SFT; nats per answer
 SECONDS, MEBIBYTES = 360.0, 3072.0
+ROAD = {"pretrain", "reward", "ppo", "dpo"}  # the stages that these were set for
 
 
 class Verdict(NamedTuple):
@@ -21,8 +22,14 @@ class Verdict(NamedTuple):
 
 
 def verdicts(evaluation: Any) -> list[Verdict]:
-    """One row per target. Missing figures give rows that say so; NaN passes nothing. Without a world that knows the truth
-    there are no targets, only figures."""
+    """One row per target. Missing figures give rows that say so; NaN passes nothing. A pipeline without a world that knows the
+    truth, or without one of the stages of `ROAD`, has no targets, only the figures of its stages."""
+    if not isinstance(evaluation, dict):
+        return []
+    named = evaluation.get("stages")  # of older runs, those that have figures
+    stages = set(map(str, named)) if isinstance(named, list) else {*evaluation, *policies(evaluation)}
+    if evaluation.get("world", "") is None or not stages >= ROAD:
+        return _figures(evaluation)
 
     def get(*keys):
         return number(dig(evaluation, *keys))
@@ -33,8 +40,6 @@ def verdicts(evaluation: Any) -> list[Verdict]:
         target = f"{sign} {round(limit, 4):g}{unit}" if limit is not None else "unknown"
         return Verdict(what, "not measured" if value is None else show(value, digits) + unit, target, detail, passed)
 
-    if isinstance(evaluation, dict) and evaluation.get("world", "") is None:
-        return _figures(evaluation)
     nll, floor, ratio = get("pretrain", "nll"), get("pretrain", "floor"), get("pretrain", "ratio")
     if ratio is None and nll is not None and floor:
         ratio = nll / floor
@@ -89,6 +94,8 @@ def headline(rows: list[Verdict]) -> tuple[str, bool | None]:
 def console(evaluation: Any) -> str:
     """The verdict table as plain text."""
     rows = verdicts(evaluation)
+    if not rows:
+        return headline(rows)[0]
     marks = {True: "pass", False: "FAIL", None: "  ? "}
     width = [max(len(r[i]) for r in rows) for i in range(3)]
     lines = [f"{marks[r.passed] if r.target else '    '}  {r.what:<{width[0]}}  {r.value:>{width[1]}}  {r.target:<{width[2]}}  {r.detail}".rstrip() for r in rows]

@@ -19,6 +19,7 @@ from jaxalign.types import UserError
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp; \u202eabc\x00\x1b[31m \ud800"
 EVALUATION = {
+    "stages": ["pretrain", "sft", "reward", "ppo", "dpo"],
     "pretrain": {"nll": 1.2437, "floor": 1.2203, "ratio": 1.01918, "tokens": 65536},
     "sft": {"nll": 0.9821, "floor": 0.9514},
     "reward": {"accuracy": 0.868, "gold_accuracy": 0.8775, "pairs": 2000, "interval": [0.852, 0.883], "ece": 0.021, "reliability": [{"confidence": 0.55, "accuracy": 0.5}, {"confidence": 0.8, "accuracy": 0.9}]},
@@ -198,14 +199,31 @@ def test_verdicts():
     assert [k for k, v in rows.items() if v is False] == ["Pretraining NLL / entropy floor", "Reward model accuracy", "PPO KL from SFT"]
     assert [k for k, v in rows.items() if v is None] == ["DPO win rate against SFT", "DPO KL from SFT"]
     assert headline(verdicts(worse)) == ("3 of 8 targets missed, 2 of 8 not measured", False)
-    assert headline(verdicts(None))[1] is None
+    assert headline(verdicts(None)) == ("Nothing has been evaluated yet", None)
+
+
+def test_a_pipeline_of_other_stages_has_its_own_figures(tmp_path):
+    """Targets were set for pretraining, SFT, reward model, PPO and DPO: no other pipeline is held against them, nor asked for what it has not."""
+    mine = {"world": "w", "stages": ["pretrain", "sft", "reward_1", "ppo_1"], "pretrain": EVALUATION["pretrain"] | {"perplexity": 3.4}, "reward_1": EVALUATION["reward"], "policies": {"ppo_1": EVALUATION["policies"]["ppo"]}, "seconds": {"total": 1000.0}}
+    for evaluation in (mine, {k: v for k, v in mine.items() if k != "stages"}):
+        rows = verdicts(evaluation)
+        assert [r.what for r in rows] == ["pretrain: held-out perplexity", "reward_1: held-out accuracy", "Wall clock"] and not any(r.target for r in rows)
+    (tmp_path / "evaluation.json").write_text(json.dumps(mine))
+    for name in ("pretrain", "ppo_1"):
+        with RunLog(tmp_path / name) as log:
+            log.snapshot({"stage": name, "order": ["pretrain", "sft"]})
+            log.metrics(1, {"loss": 1.0})
+    page = check(write(tmp_path))
+    assert "target" not in page.text.split("Policies")[0] and "not measured" not in page.text and "FAIL" not in console(mine)
+    assert page.text.count("No metrics: this stage has not run") == 1  # sft, which is planned; of a reward model and DPO nobody spoke
+    assert verdicts({**EVALUATION, "stages": ["pretrain", "dpo"]})[0].target == ""
 
 
 def test_console():
     text = console(EVALUATION)
     assert text.splitlines()[0].startswith("pass  Pretraining NLL / entropy floor") and text.endswith("All 8 targets met")
-    assert "FAIL" not in text and "FAIL  Wall clock" in console({"seconds": {"total": 361}})
-    assert console(None).count("not measured") == 8
+    assert "FAIL" not in text and "FAIL  Wall clock" in console(EVALUATION | {"seconds": {"total": 361}})
+    assert console({"stages": EVALUATION["stages"]}).count("not measured") == 8 and console(None) == "Nothing has been evaluated yet"
     # A run without a world has figures, and nothing to hold them against.
     mine = console({"world": None, "pretrain": {"nll": 4.0, "perplexity": 54.6}, "reward": {"accuracy": 0.61, "interval": [0.55, 0.66]}, "seconds": {"total": 900}})
     assert "54.6" in mine and "0.610" in mine and "900 s" in mine and not any(w in mine for w in ("FAIL", "pass", "?", "≤"))
