@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import runs
 from absl import flags
-from jaxalign import build
+from jaxalign import build, report
 from jaxalign.cli import eval as verb
 from jaxalign.cli import main as cli
 from jaxalign.evals import overoptimisation as forms
+from jaxalign.report.read import show
 from jaxalign.types import UserError
 
 A, B, START = 1.2, 0.5, 0.3
@@ -65,6 +66,9 @@ def test_a_known_turn(tmp_path, capsys):
     assert fit["r2"] > 0.9 and abs(fit["turnover"] / TURN - 1) < 0.2 and abs(fit["a"] - A) < 0.15 and abs(fit["b"] - B) < 0.08 and abs(fit["start"] - START) < 0.15
     assert not scores["turned"] and scores["turn"]["step"] == 400 and scores["points"][0][1] >= 0
     assert "yes" in text and "not seen" in text and "frontier.svg" in text
+    page = report.write(tmp_path / "run").read_text()
+    assert page.count("</figure>") > 2 and "Reward against KL" in page and f"{show(gold['end']['reward'], 3)} at the end" in page
+    assert "Reward against KL" not in report.write(write(tmp_path / "other" / "sft", [{"step": 1, "nll": 2.0}])).read_text()
     svg = xml.fromstring((tmp_path / "run" / "frontier.svg").read_text())
     assert len(list(svg.iter("{http://www.w3.org/2000/svg}svg"))) == 3  # a panel for each reward
     assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 102

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from jaxalign.report import frontier as drawing
+from jaxalign.report.frontier import KINDS, measured
+from jaxalign.train.log import read_jsonl
 from jaxalign.types import UserError
-
-# what is measured -> (metric of the KL, of the reward, what the reward is)
-KINDS = {"gold": ("eval/kl", "eval/gold", "gold reward of held-out answers"), "scores": ("objective/kl", "objective/scores", "reward that was trained on")}
-POINTS = 50  # of a stage, at most: more rows are averaged, neighbours together
 
 
 def define(fv):
@@ -28,14 +27,12 @@ def define(fv):
 def main(fv) -> None:
     import jax
 
-    from jaxalign.report import frontier as drawing
-
     directories = stages(fv.frontier, fv.workdir)
-    got = {name: measured(d) for name, d in directories.items()}
+    got = {name: {"directory": str(d), **measured(read_jsonl(d / "metrics.jsonl"))} for name, d in directories.items()}
     for name, d in directories.items():
         if fv.reward or not any(k in got[name] for k in KINDS):
             try:
-                got[name] |= _gold(asked(d, fv))
+                got[name]["gold"] = drawing.summary(asked(d, fv))
             except UserError as e:
                 got[name]["missing"].append(str(e))
     if jax.process_index():
@@ -46,7 +43,7 @@ def main(fv) -> None:
     out = Path(fv.out) if fv.out else next(iter(directories.values())).parent
     out.mkdir(parents=True, exist_ok=True)
     (out / "frontier.json").write_text(json.dumps(got, indent=1) + "\n", encoding="utf-8")
-    (out / "frontier.svg").write_text(drawing.document(got, {k: what for k, (_, _, what) in KINDS.items()}), encoding="utf-8")
+    (out / "frontier.svg").write_text(drawing.document(got), encoding="utf-8")
     print("\n".join([*table(got), *missing, f"written: {out / 'frontier.json'} and {out / 'frontier.svg'}"]))
 
 
@@ -58,67 +55,14 @@ def stages(named: list[str], workdir: str | None) -> dict[str, Path]:
         inside = [p.parent for p in sorted(path.glob("*/metrics.jsonl"))]
         if not path.is_dir() or not (path / "metrics.jsonl").exists() and not inside:
             raise UserError(f"--frontier: {path} holds no metrics.jsonl; name a stage's directory, such as runs/quickstart/ppo, or that of a run")
-        found += [path] if (path / "metrics.jsonl").exists() else [p for p in inside if measured(p).keys() & KINDS.keys()] or inside
+        found += [path] if (path / "metrics.jsonl").exists() else [p for p in inside if measured(read_jsonl(p / "metrics.jsonl")).keys() & KINDS.keys()] or inside
     found = list(dict.fromkeys(p.absolute() for p in found))
     short = [p.name for p in found]
     return {p.name if short.count(p.name) == 1 else f"{p.parent.name}/{p.name}": p for p in found}
 
 
-def measured(directory: Path) -> dict:
-    """{"directory", "missing": [sentences]} and of each of `KINDS` that the stage wrote: see `summary`."""
-    from jaxalign.train.log import read_jsonl
-
-    rows = read_jsonl(directory / "metrics.jsonl")
-    out: dict = {"directory": str(directory), "missing": []}
-    for kind, (kl, reward, _) in KINDS.items():
-        points = _points(rows, kl, reward)
-        if len(points):
-            out[kind] = summary(points)
-        elif kind == "gold" and any(reward in r for r in rows):
-            out["missing"].append(f"{reward} without {kl}: nobody said from where the KL counts; set world.watch.reference to the stage that this one started from")
-        else:
-            out["missing"].append(f"no {kl} with {reward} in metrics.jsonl; " + {"gold": "set world.watch and train.eval_every for a world's own reward while a stage trains", "scores": "online stages that measure a KL write them, at the first update after each rollout: set train.log_every so that it meets those"}[kind])
-    return out
-
-
-def _points(rows: list[dict], kl: str, reward: str) -> np.ndarray:
-    """f64[N,3]: step, KL and reward, in the order of training, N at most `POINTS`. An estimate of a KL may be a little below 0, a KL not."""
-    from jaxalign.report.read import number
-
-    every = np.array([p for r in rows if None not in (p := tuple(number(r.get(k)) for k in ("step", kl, reward))) and all(map(math.isfinite, p))]).reshape(-1, 3)
-    if len(every) > POINTS:
-        every = np.array([[part[-1, 0], *part[:, 1:].mean(0)] for part in np.array_split(every, POINTS)])
-    return every.clip([-np.inf, 0, -np.inf], None)
-
-
-def summary(points: np.ndarray) -> dict:
-    """What `points` f64[N,3] say: {"points", "turn", "end", "lost", "noise", "turned", "frontier", "fit" or "no_fit"}."""
-    from jaxalign.evals import overoptimisation as forms
-
-    step, kl, reward = points.T
-    t = forms.turn(kl, reward)
-    out = {
-        "points": [[int(s), *map(float, p)] for s, *p in points],
-        "turn": {"step": int(step[t.at]), "kl": t.kl, "reward": t.reward},
-        "end": {"step": int(step[-1]), "kl": t.end_kl, "reward": t.end_reward},
-        "lost": t.reward - t.end_reward,
-        "noise": t.noise,
-        "turned": t.turned,
-        "frontier": forms.hull(kl, reward),
-    }
-    try:
-        start, fit = forms.fit_rl_and_start(kl, reward)
-    except ValueError as e:
-        return out | {"no_fit": str(e)}
-    return out | {"fit": {k: v for k, v in {"start": start, **fit._asdict()}.items() if math.isfinite(v)}}
-
-
-def _gold(points: np.ndarray) -> dict:
-    return {"gold": summary(points)}
-
-
 def asked(directory: Path, fv) -> np.ndarray:
-    """f64[N,3] as `_points`: answers of the policy at each checkpoint that the stage kept, and at step 0 of the one it started from, to
+    """f64[N,3], step, KL and reward: answers of the policy at each checkpoint that the stage kept, and at step 0 of the one it started from, to
     the same prompts: those of --prompts, or the world's held-out ones. Their reward is --reward's, or the world's own."""
     import jax
 
@@ -152,7 +96,7 @@ def asked(directory: Path, fv) -> np.ndarray:
     for step in kept.steps():
         at = kept.restore(step, state.abstract(begin), only="state")[0]
         points.append((step, look(build.result(s.objective, c, at, s.base), key, step)))
-    return _points([{"step": k, "eval/kl": v["kl"], "eval/gold": v["gold"]} for k, v in points], *KINDS["gold"][:2])
+    return np.array([(step, max(v["kl"], 0.0), v["gold"]) for step, v in points])
 
 
 def table(got: dict) -> list[str]:

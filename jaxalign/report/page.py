@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxalign.report import judged, stage
+from jaxalign.report import frontier, judged, stage
 from jaxalign.report.charts import Mark, plane
 from jaxalign.report.markup import Html, join, tag
-from jaxalign.report.read import POLICIES, STAGES, Stage, dig, document, number, policies as evaluated, read_rows, show
+from jaxalign.report.read import STAGES, Stage, dig, document, number, policies as evaluated, read_rows, show
 from jaxalign.report.read import stage as read_stage
 from jaxalign.report.stage import fold, pretty, text
 from jaxalign.report.style import CSS
@@ -47,7 +47,7 @@ def write(workdir: str | os.PathLike) -> Path:
 
 def single(workdir: Path, name: str) -> Html:
     s = read_stage(workdir, "run")
-    return join([tag("h1", name), tag("p", _machine(s.environment), class_="soft"), stage.section(s, "Training"), reliability([s])])
+    return join([tag("h1", name), tag("p", _machine(s.environment), class_="soft"), stage.section(s, "Training"), frontier.section({name: s.metrics}), reliability([s])])
 
 
 def pipeline(workdir: Path, name: str) -> Html:
@@ -68,6 +68,7 @@ def pipeline(workdir: Path, name: str) -> Html:
             verdict(evaluation),
             tag("nav", *(tag("a", title, href=f"#{at}") for at, title in links)),
             policies(evaluation),
+            frontier.section({s.name: s.metrics for s in stages}),
             samples(evaluation),
             *(stage.section(s, TITLES.get(s.name, s.name), evaluation) for s in stages),
             origins,
