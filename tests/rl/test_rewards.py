@@ -116,7 +116,7 @@ def test_without_an_import_path_a_thread_is_abandoned():
 def test_children_end_with_their_scorer():
     s = rewards.python("reward_functions:count", words, MESH, limits=Limits(seconds=5.0))
     s(*rows())
-    pool = next(c.cell_contents for c in rewards.halves(s)[0].__closure__ if isinstance(c.cell_contents, functions.Pool))
+    pool = next(c.cell_contents for c in rewards.halves(s)[0].__closure__[0].cell_contents.__closure__ if isinstance(c.cell_contents, functions.Pool))
     child = pool._free[0]._child
     assert child.poll() is None
     del s, pool
@@ -176,7 +176,14 @@ def test_processes_agree_whether_tokens_are_scored(instead, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(1) as thread:  # as an online source does, whose step may be talking meanwhile
         said = thread.submit(call, rollout, prompts).result()
     assert finish(rollout, said).scores.shape == (B, T)
-    assert set(threads) == {threading.main_thread()}
+    others = 2
+    with pytest.raises(UserError, match="of_tokens failed in another process"):
+        scorer("of_tokens")(rollout, prompts)
+    said = scorer("group_raises").halves[0](rollout, prompts)  # raises only once the others have been told
+    told = len(threads)
+    with pytest.raises(UserError, match="group_raises raised ValueError: for all of them for row 0"):
+        scorer("group_raises").halves[1](rollout, said)
+    assert len(threads) == told + 1 and set(threads) == {threading.main_thread()}
 
 
 def test_tokens_and_answers_add_up():
