@@ -25,7 +25,7 @@ VOCAB, LENGTH, MAX_NEW = 512, 128, 56
 SHAPES = {"dim8": dict(dim=8, layers=1, heads=1, hidden=24), "dim24": dict(dim=24, layers=1, heads=2, hidden=64), "base": dict(dim=64, layers=2, heads=2, hidden=172)}
 MANY, FEW = 4096, 512  # comparisons that a proxy sees, each once
 PROXIES = {"dim8": ("dim8", "reward"), "dim24": ("dim24", "reward"), "dim64": ("base", "reward"), "dim64_few": ("base", "reward_few")}  # run and stage of each
-UPDATES, EPOCHS, PROMPTS = 480, 4, 64
+UPDATES, EPOCHS, PROMPTS = 240, 4, 64
 BEST_OF, ASKED = 256, 48
 WORLD = "jaxalign.tasks.reviews:World"
 
@@ -95,8 +95,8 @@ def _ppo(reward: str):
         "ppo",
         init="../base/sft",
         data=dict(path="../base/data/prompts.jsonl", batch_size=PROMPTS),
-        train=dict(steps=UPDATES, eval_every=20, log_every=4, save_every=120, keep=1),
-        optim=dict(lr=4e-4, schedule="constant", warmup=8, b1=0.9, b2=0.999, eps=1e-5),
+        train=dict(steps=UPDATES, eval_every=8, log_every=4, save_every=120, keep=1),
+        optim=dict(lr=1e-4, schedule="constant", warmup=8, b1=0.9, b2=0.999, eps=1e-5),
         rl=dict(reward=reward, epochs=EPOCHS, minibatches=1, beta=0.0),
         sampling=dict(max_new=MAX_NEW),
     )
