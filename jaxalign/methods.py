@@ -9,7 +9,7 @@ import importlib
 import inspect
 from typing import Any, Callable, NamedTuple
 
-from jaxalign.objectives import a2c, answers, distill, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward, span
+from jaxalign.objectives import a2c, answers, distill, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward, span, trpo
 from jaxalign.rl import experience, masking, reinforce, rivals, selection
 from jaxalign.types import Duels, Experience, GroupExperience, Objective, Pairs, RivalPairs, Tokens, UserError
 
@@ -95,6 +95,7 @@ OBJECTIVES: dict[str, Method] = {
     "reinforce_pp_baseline": Method(grpo.reinforce_pp, "prompts", experience=reinforce.reinforce_experience, rl={"baseline": "group"}),
     "remax": Method(grpo.remax, "prompts", experience=reinforce.remax_experience, group=1, rival=reinforce.greedy),
     "a2c": Method(a2c.a2c, "prompts", rl={"epochs": 1, "whiten_advantages": False}),
+    "trpo": Method(trpo.trpo, "prompts"),
     "online_dpo": Method(online.online_dpo, "prompts", experience=selection.pair_experience, batch=Pairs, group=2, rows=""),
     "xpo": Method(online.xpo, "prompts", experience=selection.rival_pairs, batch=RivalPairs, group=1, rival=rivals.reference, rows=""),
     "nash_md": Method(online.nash_md, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),
