@@ -196,6 +196,8 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
                 raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {answers} answers of a rollout")
             if "keep" in c.rl and not (1 <= c.rl.keep <= c.rl.group and 0 <= c.rl.quantile < 1):
                 raise UserError(f"rl.keep {c.rl.keep} must be between 1 and rl.group {c.rl.group}, and rl.quantile {c.rl.quantile} at least 0 and below 1")
+            if not 0 <= c.rl.get("on_policy", 1.0) <= 1:
+                raise UserError(f"rl.on_policy {c.rl.on_policy}, the share of batches that the policy samples itself, must be between 0 and 1")
             if m.batch is RivalPairs and c.rl.group != 1:
                 raise UserError(f"rl.group {c.rl.group}: {c.objective.name} compares one answer of the policy with one of the reference; set it to 1")
             if "group" in c.rl and c.rl.group < (2 if c.rl.get("baseline") == "group" else min(2, m.group)):

@@ -39,7 +39,7 @@ OBJECTIVES: dict[str, Method] = {
     "dft": Method(lm.dft, "tokens"),
     "span_corruption": Method(span.span_corruption, "tokens", plain=True),
     "distill": Method(distill.distill, "tokens"),
-    "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1),
+    "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1, rl={"on_policy": 1.0}),
     "reward": Method(reward.rankings, "rankings"),
     "reward_pairs": Method(reward.pairs, "pairs"),
     "reward_best": Method(reward.best, "rankings"),
