@@ -26,6 +26,7 @@ from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
 from jaxalign.rl import environment, experience, reinforce, rewards
 from jaxalign.rl.control import KL, SCORE_SCALES
+from jaxalign.rl.matching import Weighted
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import checkpoint, flops, optim, run, state, step
@@ -237,7 +238,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     trunk, first = (trunk["trunk"], trunk["head"]) if started else (trunk, None)
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
-    prepare = lambda b: b
+    prepare = weigh = lambda b: b
     if "teacher" in c:
         teacher, frozen["teacher"] = _teacher(w, name, c)
         options["teacher"] = teacher
@@ -282,6 +283,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
             reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference", c.frozen_dtype)
             summed = objective.reference or pair_logps
+            if objective.weights and w.imagined is None:
+                weigh = lambda s, items=source: Weighted(s, items, w.model, reference, w.mesh, objective.weights)
             if w.imagined is None and (c.reference_cache or loop.steps * batch > source.size):  # else no item is drawn twice
                 known = state.fingerprint(reference), repr(w.model.config), source.contents, *((repr(sorted(options.items())),) if objective.reference else ())
                 source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known, summed)
@@ -306,7 +309,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     work = _flops(w, c, kind, longest, source)
     if work and (taught := options.get("teacher") and flops.of(options["teacher"], longest)):
         work += taught.forward()
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, work)
+    return Stage(w, name, Path(workdir), c, model, objective, weigh(source), params, frozen, remains, evaluate, tx, schedule, work)
 
 
 def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:

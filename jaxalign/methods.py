@@ -78,6 +78,7 @@ OBJECTIVES: dict[str, Method] = {
     "slic": Method(odds.slic, "pairs", reference=False),
     "kto": Method(kto.kto, "labelled"),
     "bco": Method(kto.bco, "labelled"),
+    "bco_matched": Method(kto.bco_matched, "labelled"),
     "apo_zero_unpaired": Method(kto.apo_zero_unpaired, "labelled"),
     "pl_dpo": Method(ranked.pl_dpo, "rankings"),
     "rrhf": Method(ranked.rrhf, "rankings", reference=False),
