@@ -297,7 +297,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how, **every)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     if w.imagined is None and kind not in REWARDS and "watch" in (w.config.get("world") or {}):
-        evaluate = _watched(w, name, c, model, objective, frozen, evaluate)
+        evaluate = _watched(w, name, c, model, objective, source, frozen, evaluate)
     remains = None
     if o.freeze or adapts(c):
         trained = optim.trainable(o, params)
@@ -325,9 +325,10 @@ def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
     return theirs.model, load_params(theirs, str(Path(where).absolute()), theirs.model.specs(), f"{name}.teacher", c.frozen_dtype)
 
 
-def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, frozen: dict, evaluate: Callable | None) -> Callable:
+def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, source: Source, frozen: dict, evaluate: Callable | None) -> Callable:
     """`evaluate`, and with it what the policy does on the world's held-out prompts: world.watch.each answers to each of them, and
-    where world.watch.reference names a stage their KL to it. Q heads decode with each of world.watch.guided.betas."""
+    where world.watch.reference names a stage their KL to it. Q heads decode with each of world.watch.guided.betas. A policy that is
+    sampled through a mask while it trains (NLPO) is looked at without it, as it will be saved, and through it, as /masked."""
     from jaxalign.data.rows import read
     from jaxalign.evals.watch import watch
 
@@ -341,6 +342,8 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
     twins, guided = getattr(model, "twins", None), plain(said.watch.get("guided") or ConfigDict())
     betas = guided.pop("betas", (1.0,)) if twins else ()
     who = {f"/beta_{b:g}": dataclasses.replace(model, beta=float(b)) for b in betas} or {"": w.model if twins is None else model}
+    if lagging := getattr(source, "lagging", None):
+        who["/masked"] = source.model
     how, prompts = sampling(w, said.sampling, **guided if twins else {}), prompt_rows(w, records, min(len(records), 256))
     looks = {k: watch(m, how, prompts, records, gold, w.decode, w.mesh, reference=reference) for k, m in who.items()}
 
@@ -350,9 +353,10 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
             return known
         params = state.averaged(s)
         params = tree.merge(params, frozen["base"]) if "base" in frozen else params
+        seen = {"/masked": lagging(params, s.aux)["policy"]} if lagging else {}
         finish = getattr(objective, "finish", None)
         params = finish(params, s.aux) if finish else params["policy"] if "rl" in c else params
-        return known | {k + of: v for of, look in looks.items() for k, v in look(params, s.key, int(s.step)).items()}
+        return known | {k + of: v for of, look in looks.items() for k, v in look(seen.get(of, params), s.key, int(s.step)).items()}
 
     return both
 

@@ -240,7 +240,7 @@ def metric_names() -> set[str]:
     masked = masking.actor(tiny.LLAMA, mask_type="learned_top_p", top_mask=0.9, min_tokens_to_keep=1)
     out |= set(jax.eval_shape(lambda p: masking.nlpo_experience(masked, None, {**p, "policy": {"policy": p["policy"], "masking": p["policy"]}}, p["policy"], rollout, np.zeros(8, np.float32), 0.1), params)[1])
     out |= {"on_policy"}  # `rl.given`
-    out |= {"eval/gold", "eval/kl"}  # `evals.watch`, in a world
+    out |= {"eval/gold", "eval/kl", "eval/gold/masked", "eval/kl/masked"}  # `evals.watch`, in a world
     out |= {f"rewards/NAME/{x}" for x in ("mean", "std", "failed")} | {f"environment/{x}" for x in ("turns", "done", "tool_calls")}
     return out
 
