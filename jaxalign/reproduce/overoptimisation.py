@@ -24,7 +24,7 @@ from jaxalign.reproduce.runner import Claim, Reproduction, Seed, last
 VOCAB, LENGTH, MAX_NEW = 512, 128, 56
 SHAPES = {"dim8": dict(dim=8, layers=1, heads=1, hidden=24), "dim24": dict(dim=24, layers=1, heads=2, hidden=64), "base": dict(dim=64, layers=2, heads=2, hidden=172)}
 MANY, FEW = 4096, 256  # comparisons that a proxy sees, each once
-RATES = {"dim8": 6e-3, "dim24": 2.5e-3, "dim64": 1e-3}  # of the proxies: the narrower, the higher
+RATES = {"dim8": 6e-3, "dim24": 2.5e-3, "dim64": 2e-3}  # of the proxies: the narrower, the higher
 PROXIES = {"dim8": ("dim8", "reward"), "dim24": ("dim24", "reward"), "dim64": ("base", "reward"), "dim64_few": ("base", "reward_few")}  # run and stage of each
 UPDATES, EPOCHS, PROMPTS = 240, 4, 64
 BEST_OF, ASKED = 256, 48
@@ -220,6 +220,8 @@ REPRODUCTION = Reproduction(
     curves={**{f"RL, {p}": curve_rl(p) for p in PROXIES}, **{f"best of n, {p}": curve_bon(p) for p in PROXIES}},
     figures={
         **{f"{what}, {p}": f(p) for what, f in FIGURES.items() for p in PROXIES},
+        "gold at the turn, large less small": lambda seed: peak(LARGE)(seed) - peak(SMALL)(seed),
+        "gold at the turn, all pairs less few": lambda seed: peak(LARGE)(seed) - peak(UNTAUGHT)(seed),
         "KL at the turn, large over small": lambda seed: turnover(LARGE)(seed) / max(turnover(SMALL)(seed), 0.1),
         "KL at the turn, all pairs over few": lambda seed: turnover(LARGE)(seed) / max(turnover(UNTAUGHT)(seed), 0.1),
     },
@@ -232,6 +234,8 @@ REPRODUCTION = Reproduction(
         Claim(f"proxy won after it, {SMALL}", 0.01, 100.0, "there: while the proxy still rises"),
         Claim("KL at the turn, large over small", 1.0, 1e3, "figure 1: the turn moves right with the proxy's size"),
         Claim("KL at the turn, all pairs over few", 1.0, 1e3, "section 3.2: and with its data"),
+        Claim("gold at the turn, large less small", 0.0, 10.0, "figure 1: a larger proxy leaves more gold at the turn"),
+        Claim("gold at the turn, all pairs less few", 0.0, 10.0, "section 3.2: and so do more comparisons"),
         *(Claim(f"R2 of the {form} form, {p}", 0.8, 1.0, "the form, fitted; no number is printed there") for form in ("RL", "best-of-n") for p in PROXIES),
     ),
 )
