@@ -4,7 +4,8 @@
         --config.stage.teacher=runs/teacher --config.tokenizer.path=runs/teacher/tokenizer --config.stage.data.path=train.jsonl
 
 The teacher is a run directory, a stage or a Hugging Face directory with the same tokenizer. `--config=configs/distill.py:on_policy_distill`
-learns on what the student itself answers to prompts; it starts from a trained student (`--config.stage.init=DIR`).
+learns on what the student itself answers to prompts; it starts from a trained student (`--config.stage.init=DIR`);
+`--config.stage.rl.on_policy=0.5` takes about half of the batches, drawn by chance, from the file's own answers.
 """
 
 from jaxalign import build

@@ -3,14 +3,14 @@
     jaxalign train --config=configs/kto.py --workdir=runs/kto \
         --config.model.path=HF_DIR --config.stage.data.path=labelled.jsonl
 
-`--config=configs/kto.py:bco` (or apo_zero_unpaired) is the same with another loss.
+`--config=configs/kto.py:bco` (or bco_matched, apo_zero_unpaired) is the same with another loss.
 """
 
 from jaxalign import build
 
 
 def get_config(arg=None):
-    name = build.preset(arg, "kto", "bco", "apo_zero_unpaired") or "kto"
+    name = build.preset(arg, "kto", "bco", "bco_matched", "apo_zero_unpaired") or "kto"
     c = build.base(name, dim=256, layers=6, heads=8, hidden=688, vocab=0)
     c.stage = build.stage(
         name,

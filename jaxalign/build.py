@@ -26,6 +26,7 @@ from jaxalign.ops.advantage import GROUP_ADVANTAGES, KL_ESTIMATORS, SEVERAL
 from jaxalign.ops.masked import WHITEN
 from jaxalign.rl import environment, experience, reinforce, rewards
 from jaxalign.rl.control import KL, SCORE_SCALES
+from jaxalign.rl.matching import Weighted
 from jaxalign.rl.reference import Precomputed, WithReference, add_reference
 from jaxalign.rl.rollout import Sampling
 from jaxalign.train import checkpoint, flops, optim, run, state, step
@@ -127,10 +128,15 @@ class Stage:
 
 def result(objective: Objective, c: ConfigDict, s: state.TrainState, still: Tree | None) -> Tree:
     """What a stage would leave behind if it ended in this state, adapters not yet merged."""
-    params = state.averaged(s)
-    params = params if still is None else tree.merge(params, still)
+    params = _whole(s, still)
     params = objective.finish(params, s.aux) if objective.finish else params
     return params["policy"] if "rl" in c else params
+
+
+def _whole(s: state.TrainState, still: Tree | None) -> Tree:
+    """The params of a state with those that stood still."""
+    params = state.averaged(s)
+    return params if still is None else tree.merge(params, still)
 
 
 def normalised(s: Stage, by: str, params: Tree) -> Tree:
@@ -201,6 +207,8 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
                 raise UserError(f"rl.rollout_devices {c.rl.rollout_devices} must divide the {answers} answers of a rollout")
             if "keep" in c.rl and not (1 <= c.rl.keep <= c.rl.group and 0 <= c.rl.quantile < 1):
                 raise UserError(f"rl.keep {c.rl.keep} must be between 1 and rl.group {c.rl.group}, and rl.quantile {c.rl.quantile} at least 0 and below 1")
+            if not 0 <= c.rl.get("on_policy", 1.0) <= 1:
+                raise UserError(f"rl.on_policy {c.rl.on_policy}, the share of batches that the policy samples itself, must be between 0 and 1")
             if m.batch is RivalPairs and c.rl.group != 1:
                 raise UserError(f"rl.group {c.rl.group}: {c.objective.name} compares one answer of the policy with one of the reference; set it to 1")
             if "group" in c.rl and c.rl.group < (2 if c.rl.get("baseline") == "group" else min(2, m.group)):
@@ -240,7 +248,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     trunk, first = (trunk["trunk"], trunk["head"]) if started else (trunk, None)
     draw = lambda specs, what: shard.init(specs, nn.fold(key, what), w.mesh, w.rules) if w.imagined is None else w.imagined.weights(w, specs, what)
     frozen: dict[str, Tree] = {}
-    prepare = lambda b: b
+    prepare = weigh = lambda b: b
     if "teacher" in c:
         teacher, frozen["teacher"] = _teacher(w, name, c)
         options["teacher"] = teacher
@@ -285,6 +293,8 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
             free = adapts(c) and not c.reference  # the frozen tree is the reference, at no cost
             reference = lora.base(params) if free else load_params(w, c.reference or c.init, w.model.specs(), f"{name}.reference", c.frozen_dtype)
             summed = objective.reference or pair_logps
+            if objective.weights and w.imagined is None:
+                weigh = lambda s, items=source: Weighted(s, items, w.model, reference, w.mesh, objective.weights)
             if w.imagined is None and (c.reference_cache or loop.steps * batch > source.size):  # else no item is drawn twice
                 known = state.fingerprint(reference), repr(w.model.config), source.contents, *((repr(sorted(options.items())),) if objective.reference else ())
                 source = Precomputed(source, w.model, reference, w.mesh, c.reference_cache and w.find(c.reference_cache), known, summed)
@@ -299,7 +309,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
         held_out = data_source(w, c.data, c.data.eval_path, batch, seed, shuffle=False, **how, **every)
         evaluate = evaluation(objective, w.mesh, frozen, held_out, prepare)
     if w.imagined is None and kind not in REWARDS and "watch" in (w.config.get("world") or {}):
-        evaluate = _watched(w, name, c, model, objective, frozen, evaluate)
+        evaluate = _watched(w, name, c, model, objective, source, frozen, evaluate)
     remains = None
     if o.freeze or adapts(c):
         trained = optim.trainable(o, params)
@@ -311,7 +321,7 @@ def make_stage(w: World, name: str, c: ConfigDict, workdir: Path) -> Stage:
     work = _flops(w, c, kind, longest, source)
     if work and (taught := options.get("teacher") and flops.of(options["teacher"], longest)):
         work += taught.forward()
-    return Stage(w, name, Path(workdir), c, model, objective, source, params, frozen, remains, evaluate, tx, schedule, work)
+    return Stage(w, name, Path(workdir), c, model, objective, weigh(source), params, frozen, remains, evaluate, tx, schedule, work)
 
 
 def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
@@ -327,9 +337,10 @@ def _teacher(w: World, name: str, c: ConfigDict) -> tuple[Any, Tree]:
     return theirs.model, load_params(theirs, str(Path(where).absolute()), theirs.model.specs(), f"{name}.teacher", c.frozen_dtype)
 
 
-def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, frozen: dict, evaluate: Callable | None) -> Callable:
+def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, source: Source, frozen: dict, evaluate: Callable | None) -> Callable:
     """`evaluate`, and with it what the policy does on the world's held-out prompts: world.watch.each answers to each of them, and
-    where world.watch.reference names a stage their KL to it. Q heads decode with each of world.watch.guided.betas."""
+    where world.watch.reference names a stage their KL to it. Q heads decode with each of world.watch.guided.betas. A policy that is
+    sampled through a mask while it trains (NLPO) is looked at without it, as it will be saved, and through it, as /masked."""
     from jaxalign.data.rows import read
     from jaxalign.evals.watch import watch
 
@@ -343,6 +354,8 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
     twins, guided = getattr(model, "twins", None), plain(said.watch.get("guided") or ConfigDict())
     betas = guided.pop("betas", (1.0,)) if twins else ()
     who = {f"/beta_{b:g}": dataclasses.replace(model, beta=float(b)) for b in betas} or {"": w.model if twins is None else model}
+    if lagging := getattr(source, "lagging", None):
+        who["/masked"] = source.model
     how, prompts = sampling(w, said.sampling, **guided if twins else {}), prompt_rows(w, records, min(len(records), 256))
     looks = {k: watch(m, how, prompts, records, gold, w.decode, w.mesh, reference=reference) for k, m in who.items()}
 
@@ -351,7 +364,8 @@ def _watched(w: World, name: str, c: ConfigDict, model, objective: Objective, fr
         if whole:
             return known
         params = result(objective, c, s, frozen.get("base"))
-        return known | {k + of: v for of, look in looks.items() for k, v in look(params, s.key, int(s.step)).items()}
+        seen = {"/masked": lagging(_whole(s, frozen.get("base")), s.aux)["policy"]} if lagging else {}
+        return known | {k + of: v for of, look in looks.items() for k, v in look(seen.get(of, params), s.key, int(s.step)).items()}
 
     return both
 

@@ -21,7 +21,7 @@ from jaxalign.objectives import ppo
 from jaxalign.objectives.reward import AGGREGATE
 from jaxalign.ops import nn
 from jaxalign.ops.advantage import SEVERAL
-from jaxalign.rl import comparisons, environment, experience, masking, online, own_judge, rewards
+from jaxalign.rl import comparisons, environment, experience, given, masking, online, own_judge, rewards
 from jaxalign.rl.control import KL, ScoreScale
 from jaxalign.rl.rollout import check_length
 from jaxalign.types import Duels, Experience, Tree, UserError
@@ -138,7 +138,12 @@ def make_online(w: World, name: str, c: ConfigDict, m: Method, options: dict, po
         if m.rival:
             raise UserError(f"{name}: {c.objective.name} compares with the answer of a rival, who takes no turns; leave rl.environment empty")
         how["play"] = environment.Play(imported(rl.environment), actor, sampler, w.tokenizer, w.template, w.mesh, turns=rl.turns, context=rl.context, group=rl.get("group", 1), seconds=rl.reward_timeout)
-    return model, objective, online.OnlineSource(prompts, actor, scorer, sampler, w.mesh, step_of, **how), params
+    source = online.OnlineSource
+    if rl.get("on_policy", 1.0) != 1:
+        texts = ConfigDict({**plain(c.data), "seq_len": longest + c.sampling.max_new, "packing": "pad", "too_long": "truncate"})
+        rows = c.data.batch_size * rl.group // rl.minibatches  # as many as a step has of sampled ones
+        source, how = given.InTurns, how | dict(given=data_source(w, texts, c.data.path, rows, w.config.seed, kind="tokens"), on_policy=rl.on_policy)
+    return model, objective, source(prompts, actor, scorer, sampler, w.mesh, step_of, **how), params
 
 
 def scorer(w: World, named: str, decode: Callable | None = None) -> Callable:

@@ -9,7 +9,7 @@ import importlib
 import inspect
 from typing import Any, Callable, NamedTuple
 
-from jaxalign.objectives import a2c, answers, distill, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward, span
+from jaxalign.objectives import a2c, answers, distill, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, online, ppo, preference, ranked, reward, span, trpo
 from jaxalign.rl import experience, masking, reinforce, rivals, selection
 from jaxalign.types import Duels, Experience, GroupExperience, Objective, Pairs, RivalPairs, Tokens, UserError
 
@@ -39,7 +39,7 @@ OBJECTIVES: dict[str, Method] = {
     "dft": Method(lm.dft, "tokens"),
     "span_corruption": Method(span.span_corruption, "tokens", plain=True),
     "distill": Method(distill.distill, "tokens"),
-    "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1),
+    "on_policy_distill": Method(distill.on_policy_distill, "prompts", False, experience.answers, Tokens, 1, rl={"on_policy": 1.0}),
     "reward": Method(reward.rankings, "rankings"),
     "reward_pairs": Method(reward.pairs, "pairs"),
     "reward_best": Method(reward.best, "rankings"),
@@ -78,6 +78,7 @@ OBJECTIVES: dict[str, Method] = {
     "slic": Method(odds.slic, "pairs", reference=False),
     "kto": Method(kto.kto, "labelled"),
     "bco": Method(kto.bco, "labelled"),
+    "bco_matched": Method(kto.bco_matched, "labelled"),
     "apo_zero_unpaired": Method(kto.apo_zero_unpaired, "labelled"),
     "pl_dpo": Method(ranked.pl_dpo, "rankings"),
     "rrhf": Method(ranked.rrhf, "rankings", reference=False),
@@ -95,6 +96,7 @@ OBJECTIVES: dict[str, Method] = {
     "reinforce_pp_baseline": Method(grpo.reinforce_pp, "prompts", experience=reinforce.reinforce_experience, rl={"baseline": "group"}),
     "remax": Method(grpo.remax, "prompts", experience=reinforce.remax_experience, group=1, rival=reinforce.greedy),
     "a2c": Method(a2c.a2c, "prompts", rl={"epochs": 1, "whiten_advantages": False}),
+    "trpo": Method(trpo.trpo, "prompts"),
     "online_dpo": Method(online.online_dpo, "prompts", experience=selection.pair_experience, batch=Pairs, group=2, rows=""),
     "xpo": Method(online.xpo, "prompts", experience=selection.rival_pairs, batch=RivalPairs, group=1, rival=rivals.reference, rows=""),
     "nash_md": Method(online.nash_md, "prompts", experience=selection.duels, batch=Duels, group=1, rival=rivals.mixture),

@@ -76,6 +76,7 @@ class Labelled(NamedTuple):
     # KTO's: the prompt of each row with the answer to another prompt. None where no objective asks for it.
     mismatched: Tokens | None = None  # leaves [B,T'], T' may differ from T
     ref_mismatched: Array | None = None  # f32[B]; as ref
+    weight: Array | None = None  # f32[B]; of each row's loss. None: 1
 
 
 class Trajectories(NamedTuple):
@@ -201,6 +202,7 @@ class Objective:
     held_out: Callable[..., Loss] | None = None  # the loss where nothing is trained: without the noise of training
     shared: bool = False  # reads `SharedPairs` as well as `Pairs`
     mismatched: bool = False  # reads `Labelled.mismatched`
+    weights: Callable | None = None  # of `Labelled`: (embeddings of prompts f32[n,D], good bool[n]) -> (embeddings f32[m,D] -> f32[m]), the weights of bad rows
     reference: Callable | None = None  # (model, params, batch) -> (chosen, rejected, ...): a reference's log-probs of pairs, where they are not plain sums
 
 

@@ -15,7 +15,7 @@ from jaxalign import build, config, methods, types
 from jaxalign.cli import main as cli
 from jaxalign.data import formats
 from jaxalign.models import heads
-from jaxalign.objectives import dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, ppo, preference, ranked, reward
+from jaxalign.objectives import dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, ppo, preference, ranked, reward, trpo
 from jaxalign.rl import masking
 from jaxalign.rl.experience import group_experience, make_experience
 from jaxalign.rl.reinforce import remax_experience
@@ -203,6 +203,7 @@ def metric_names() -> set[str]:
         "ilql": (ilql.ilql(heads.Guided(tiny.LLAMA)), lambda: tiny.init(heads.Guided(tiny.LLAMA)), episodes),
         "mc_returns": (offline.mc_returns(heads.Guided(tiny.LLAMA, 1)), lambda: tiny.init(heads.Guided(tiny.LLAMA, 1)), episodes),
         "advantage_weighted_bc": (offline.advantage_weighted_bc(heads.Guided(tiny.LLAMA, 0)), lambda: tiny.init(heads.Guided(tiny.LLAMA, 0)), episodes),
+        "trpo": (trpo.trpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA, value=True), tiny.experience),
         "nlpo": (nlpo.nlpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA, value=True), tiny.experience),
         "pairs": (reward.pairs(tiny.SCALAR, centre=0.1), lambda: tiny.init(tiny.SCALAR), tiny.pairs),
         "best": (reward.best(tiny.SCALAR), lambda: tiny.init(tiny.SCALAR), tiny.rankings),
@@ -214,7 +215,7 @@ def metric_names() -> set[str]:
         now = jax.eval_shape(lambda p: state.create(p, tx, objective, seed=0), params())
         metrics = jax.eval_shape(fn, now, {}, batch(r, 8, 12))[1]
         out |= set(metrics)
-        if name not in ("ppo", "grpo", "cispo", "nlpo"):
+        if name not in ("ppo", "grpo", "cispo", "trpo", "nlpo"):
             def held_out_loss(p, b):
                 aux = objective.init_aux(p) if objective.init_aux else ()
                 stats = {k: step.mean(*v) for k, v in objective.stats(p, {}, aux, b).items()} if objective.stats else {}
@@ -238,7 +239,8 @@ def metric_names() -> set[str]:
         out |= set(found) | set(jax.eval_shape(step.make_step(objective, tx, schedule=schedule), now, {}, batch)[1])
     masked = masking.actor(tiny.LLAMA, mask_type="learned_top_p", top_mask=0.9, min_tokens_to_keep=1)
     out |= set(jax.eval_shape(lambda p: masking.nlpo_experience(masked, None, {**p, "policy": {"policy": p["policy"], "masking": p["policy"]}}, p["policy"], rollout, np.zeros(8, np.float32), 0.1), params)[1])
-    out |= {"eval/gold", "eval/kl"}  # `evals.watch`, in a world
+    out |= {"on_policy"}  # `rl.given`
+    out |= {"eval/gold", "eval/kl", "eval/gold/masked", "eval/kl/masked"}  # `evals.watch`, in a world
     out |= {f"rewards/NAME/{x}" for x in ("mean", "std", "failed")} | {f"environment/{x}" for x in ("turns", "done", "tool_calls")}
     return out
 

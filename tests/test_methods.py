@@ -80,7 +80,7 @@ def test_eight_devices_and_micro_batches(name, data, tmp_path, monkeypatch):
 
 # The others have no state but params, optimizer and a position in a file, which tests/test_resume.py stops everywhere; one of each kind stands for them.
 ALONE = {"lm", "dpo", "orpo", "kto", "pl_dpo", "reward_steps", "filtered_bc", "distill"}
-STATEFUL = [n for n, m in methods.OBJECTIVES.items() if m.kind == "prompts" or m.twins is not None or n in ("tr_dpo", "bco_pair", "mpo", "bco") or n in ALONE]
+STATEFUL = [n for n, m in methods.OBJECTIVES.items() if m.kind == "prompts" or m.twins is not None or n in ("tr_dpo", "bco_pair", "mpo", "bco", "bco_matched") or n in ALONE]
 
 
 @pytest.mark.parametrize("name", STATEFUL)

@@ -1,6 +1,7 @@
 """Offline RL and NLPO as whole runs: from a file to saved weights, killed and resumed, sampled, evaluated; and a small graph on
 which the optimal Q is known."""
 
+import dataclasses
 import json
 
 import jax
@@ -151,6 +152,34 @@ def test_a_masking_policy_of_adapters(data, tmp_path):
     s, params = runs.train(config("nlpo", data, **{"train.steps": 4, "adapter.rank": 2}), tmp_path)
     aux = checkpoint.Checkpoints(tmp_path / "checkpoints").structure(4)["state"]["aux"]
     assert all(k.endswith(("/a", "/b")) for k in tree.flat(aux["policy"])) and "embed" in params
+
+
+@dataclasses.dataclass
+class World:
+    """Long answers are good ones."""
+
+    seed: int = 0
+
+    def gold_rewards(self, prompts, completions, records):
+        return np.array([float(len(c)) for c in completions])
+
+
+@pytest.mark.parametrize("mask", [("top_k", 2.0), ("learned_top_p", 1.0)], ids=["narrow", "everything"])
+def test_a_policy_is_looked_at_through_its_mask(mask, data, tmp_path):
+    """And without it, with the same draws: the two differ under a narrow mask, and are one where all is allowed."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/prompts_eval.jsonl").write_text('{"prompt": "soup:"}\n{"prompt": "tea:"}\n')
+    c = config("nlpo", data, **{"train.steps": 2, "objective.mask_type": mask[0], "objective.top_mask": mask[1]})
+    with c.unlocked():
+        c.stages, c.order = {"nlpo": c.stage}, ("nlpo",)
+        del c.stage
+        c.world = {"name": "test_offline:World", "watch": {"each": 4, "reference": str(data / "start")}, "sampling": {"max_new": 6}}
+    runs.train(c, tmp_path)
+    row = read_jsonl(tmp_path / "metrics.jsonl")[-1]
+    through, without = ([row[f"eval/{k}{of}"] for k in ("gold", "gold_std", "length")] for of in ("/masked", ""))
+    assert (through == without) == (mask[1] == 1) and np.isfinite([row["eval/kl"], row["eval/kl/masked"]]).all()
+    if mask[0] == "top_k":
+        assert row["val/allowed"] <= 2 + 4 and row["eval/kl/masked"] > 1  # two of 256, the special ones, and what stands there
 
 
 def test_nlpo_refuses_old_rollouts(data, tmp_path):

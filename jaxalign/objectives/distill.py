@@ -60,7 +60,7 @@ def distill(model: Model, teacher: Model | None = None, *, beta: float = 0.0, al
 
 
 def on_policy_distill(model: Model, teacher: Model | None = None, *, beta: float = 0.5, tau: float = 1.0) -> Objective:
-    """Generalised knowledge distillation on the student's own answers (Agarwal et al. 2023, 2306.13649, algorithm 1 with lambda 1):
-    D(teacher, student) at every sampled token, no gradient through the sampling. params {"policy": ...}. As in the paper and in
-    TRL there is no tau^2."""
+    """Generalised knowledge distillation (Agarwal et al. 2023, 2306.13649, algorithm 1): D(teacher, student) at every token of the
+    student's own answers, no gradient through the sampling, or of given ones (`rl.given` says when). params {"policy": ...}. As in
+    the paper and in TRL there is no tau^2."""
     return match(model, teacher, _checked(beta), tau=tau, policy=lambda params: params["policy"])

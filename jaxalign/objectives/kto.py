@@ -6,11 +6,13 @@ false, 1 and -1, or scores around 0.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.objectives.dpo_variants import SHIFTS, running_mean
 from jaxalign.objectives.preference import log_sigmoid, sequence_logps
@@ -32,9 +34,36 @@ def bco_unpaired_loss(a, good, beta, z):
     return -log_sigmoid(jnp.where(good > 0, 1.0, -1.0) * (beta * a - z))
 
 
+def density_ratio(x, good, low: float = 0.5, high: float = 10.0) -> Callable:
+    """How much more often a prompt comes with good answers than with bad ones, of its embedding: f[m,D] -> f64[m], p / (1 - p) clipped to
+    [low, high] (BCO, 2404.04656, underlying distribution matching). On the host, in f64.
+
+    p is a logistic regression on x f[n,D], good bool[n], the two kinds of rows weighing alike, with 1/2 |w|^2 beside the summed loss:
+    scikit-learn's with C 1, which TRL takes. Embeddings are centred and scaled to a mean square norm of 1 first, which those made for
+    comparing sentences have and hidden states have not, so that C means the same. Raises UserError where all rows are of one kind.
+    """
+    from scipy import optimize
+
+    x, good = np.asarray(x, np.float64), np.asarray(good, bool)
+    n, m = len(good), int(good.sum())
+    if m in (0, n):
+        raise UserError(f"of the {n} labels all are {'good' if m else 'bad'}: matching the prompts of good and of bad answers needs both; take bco, or kto")
+    centre = x.mean(0)
+    scale = np.sqrt(((x - centre) ** 2).sum(1).mean()) or 1.0
+    z, sign, share = (x - centre) / scale, np.where(good, 1.0, -1.0), np.where(good, n / (2 * m), n / (2 * (n - m)))
+
+    def loss(v):
+        margin = sign * (z @ v[:-1] + v[-1])
+        slope = -share * sign * (1 - np.tanh(margin / 2)) / 2
+        return 0.5 * v[:-1] @ v[:-1] + share @ np.logaddexp(0, -margin), np.append(z.T @ slope + v[:-1], slope.sum())
+
+    v = optimize.minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-8}).x
+    return lambda x: np.clip(np.exp((np.asarray(x, np.float64) - centre) / scale @ v[:-1] + v[-1]), low, high)
+
+
 def unpaired(model: Model, equation: Callable, *, beta: float, origin: Callable | None = None, **more) -> Objective:
     """An objective from `equation(a, good, beta, z) -> f32[B]`, averaged over the rows of the step. origin(aux, stats) -> z; None: 0.
-    A row with an empty mask weighs 0. more: other fields of `Objective`."""
+    A row with an empty mask weighs 0; `Labelled.weight` multiplies a row's loss and is not divided by. more: other fields of `Objective`."""
 
     def loss(params, frozen, aux, batch: Labelled, key, stats) -> Loss:
         logp, n, entropy = sequence_logps(model, params, batch.rows)
@@ -42,7 +71,8 @@ def unpaired(model: Model, equation: Callable, *, beta: float, origin: Callable 
         a = jnp.where(real > 0, logp - batch.ref, 0.0)
         good = (batch.label > 0).astype(jnp.float32)
         z = origin(aux, stats) if origin else 0.0
-        terms = {"preference": Term((real * equation(a, good, beta, z)).sum(), real.sum())}
+        each = equation(a, good, beta, z) * (1.0 if batch.weight is None else batch.weight)
+        terms = {"preference": Term((real * each).sum(), real.sum())}
         a, logp, entropy = jax.lax.stop_gradient((a, logp, entropy))
         of = lambda x, who: ((real * who * x).sum(), (real * who).sum())
         metrics = {
@@ -54,6 +84,7 @@ def unpaired(model: Model, equation: Callable, *, beta: float, origin: Callable 
             "chosen_share": of(good, 1.0),
             "entropy": (entropy, n.sum()),
         }
+        metrics |= {} if batch.weight is None else {"weights": of(batch.weight, 1 - good)}
         return Loss(terms, metrics | ({"kl": of(z, 1.0)} if stats else {}))
 
     return Objective(loss, **more)
@@ -94,3 +125,11 @@ def bco(model: Model, *, beta: float = 0.1, shift: str = "running") -> Objective
         return unpaired(model, bco_unpaired_loss, beta=beta)
     mean = running_mean(lambda m: m["rewards/mean"])
     return unpaired(model, bco_unpaired_loss, beta=beta, origin=lambda aux, stats: aux["mean"], **mean)
+
+
+def bco_matched(model: Model, *, beta: float = 0.1, shift: str = "running", min_ratio: float = 0.5, max_ratio: float = 10.0) -> Objective:
+    """BCO in which bad answers weigh as their prompts are more or less usual among the good ones (`density_ratio`, its limits being
+    min_ratio and max_ratio), so that good and bad prompts are alike in distribution: thumbs are given to different questions."""
+    if not 0 <= min_ratio <= max_ratio:
+        raise UserError(f"objective.min_ratio {min_ratio} must be at least 0, and objective.max_ratio {max_ratio} no less than it")
+    return dataclasses.replace(bco(model, beta=beta, shift=shift), weights=functools.partial(density_ratio, low=min_ratio, high=max_ratio))

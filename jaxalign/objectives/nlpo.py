@@ -2,7 +2,7 @@
 older copy of itself, the masking policy, holds likely. The PPO parts are those of Stable-Baselines3, on which RL4LMs stands.
 
 params {"policy", "value"}; aux {"policy"}: what the masking policy has in the place of what is trained, a hard copy made every so
-many rollouts. It stands still between, so the mask of a rollout is computed again where it is needed, and stored nowhere.
+many rollouts, or only once, before the first. It stands still between, so the mask of a rollout is computed again where it is needed, and stored nowhere.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def nlpo(
     """Clipped policy loss of masked log-probs, value loss, entropy over the allowed tokens; means over the tokens of the step.
     Advantages get mean 0 and std 1 (of the population, + 1e-8) over the whole minibatch, whatever pieces it comes in.
 
-    special: ids that are always allowed; updates: steps of a rollout, so that the masking policy is copied after every
+    mask_type: of `ops.allowed.KINDS`; of top_p and top_k the masking policy stays the one that training began with. special: ids that
+    are always allowed; updates: steps of a rollout, so that the masking policy is copied after every
     target_update_iterations rollouts. value None: the critic is a head on the policy.
     """
     rule = Rule(mask_type, top_mask, min_tokens_to_keep, tuple(special))
@@ -93,4 +94,5 @@ def nlpo(
         due = (step + 1) % (target_update_iterations * updates) == 0
         return {"policy": jax.tree.map(lambda new, old: jnp.where(due, new, old), params["policy"], aux["policy"])}
 
-    return Objective(loss, stats=stats, init_aux=lambda params: {"policy": params["policy"]}, update_aux=update_aux)
+    learns = update_aux if mask_type.startswith("learned") else None
+    return Objective(loss, stats=stats, init_aux=lambda params: {"policy": params["policy"]}, update_aux=learns)

@@ -13,7 +13,7 @@ from jaxalign.ops.logprob import LogProbs, _chunk, _join, _logits, _split
 from jaxalign.ops.nn import Unembed
 from jaxalign.types import UserError
 
-KINDS = ("learned_top_p", "learned_top_k")
+KINDS = ("learned_top_p", "learned_top_k", "top_p", "top_k")  # the last two by a masking policy that is never replaced
 NEVER = -1e30  # a logit that no softmax sees, and that is 0 when multiplied by its probability
 
 
@@ -27,10 +27,10 @@ class Rule:
     special: tuple[int, ...] = ()  # ids that are always allowed: a text must be able to end
 
     def __post_init__(self):
-        k = self.mask_type == "learned_top_k"
+        k = self.mask_type.endswith("top_k")
         if self.mask_type not in KINDS or not (self.top_mask >= 1 and self.top_mask == int(self.top_mask) if k else 0 < self.top_mask <= 1) or self.min_tokens_to_keep < 1:
             raise UserError(
-                f"objective.mask_type is one of {', '.join(KINDS)}, top_mask a share above 0 and at most 1 (of learned_top_k: a whole number), min_tokens_to_keep 1 or more; "
+                f"objective.mask_type is one of {', '.join(KINDS)}, top_mask a share above 0 and at most 1 (of top_k and learned_top_k: a whole number), min_tokens_to_keep 1 or more; "
                 f"got {self.mask_type!r}, {self.top_mask} and {self.min_tokens_to_keep}"
             )
 
@@ -38,12 +38,12 @@ class Rule:
 def allowed(logits: jax.Array, rule: Rule) -> jax.Array:
     """bool[...,V] of the masking policy's logits [...,V].
 
-    learned_top_p: of the tokens in falling order, those before which the cumulative probability is not above p, so that the one
-    that crosses p stays; and the first min_tokens_to_keep. learned_top_k: the first k. Special tokens always. Ties at the border
+    top_p, learned_top_p: of the tokens in falling order, those before which the cumulative probability is not above p, so that the one
+    that crosses p stays; and the first min_tokens_to_keep. top_k, learned_top_k: the first k. Special tokens always. Ties at the border
     stay. p = 1 allows everything, whatever rounding makes of the sum.
     """
     V = logits.shape[-1]
-    if rule.mask_type == "learned_top_k":
+    if rule.mask_type.endswith("top_k"):
         border = jax.lax.top_k(logits, min(max(int(rule.top_mask), 1), V))[0][..., -1:]
     elif rule.top_mask >= 1:
         return jnp.ones(logits.shape, bool)

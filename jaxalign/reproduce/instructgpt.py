@@ -15,7 +15,7 @@ from jaxalign.reproduce import reviews
 from jaxalign.reproduce.runner import Claim, Reproduction, Seed, last
 
 ARMS = ("ppo", "ppo_ptx")
-UPDATES = 320
+UPDATES = 200
 
 
 def get_config(arg=None):

@@ -8,7 +8,7 @@ One seed by hand, run after run, each beside the others:
     jaxalign pipeline --config=jaxalign/reproduce/overoptimisation.py:rl --workdir=runs/gao/rl
 
 Gold is the rule of the embedded reviews, its labellers are noisy. Proxies of three sizes see one epoch of its comparisons; those of the
-policy's own size, also an eighth of it. As in the paper the KL penalty is 0, and the forms are d (a - b d) for best of n and
+policy's own size, also a sixteenth of it. As in the paper the KL penalty is 0, and the forms are d (a - b d) for best of n and
 d (a - b log d) for RL, in d = sqrt(KL from the policy they start from).
 """
 
@@ -23,9 +23,10 @@ from jaxalign.reproduce.runner import Claim, Reproduction, Seed, last
 
 VOCAB, LENGTH, MAX_NEW = 512, 128, 56
 SHAPES = {"dim8": dict(dim=8, layers=1, heads=1, hidden=24), "dim24": dict(dim=24, layers=1, heads=2, hidden=64), "base": dict(dim=64, layers=2, heads=2, hidden=172)}
-MANY, FEW = 4096, 512  # comparisons that a proxy sees, each once
+MANY, FEW = 4096, 256  # comparisons that a proxy sees, each once
+RATES = {"dim8": 6e-3, "dim24": 2.5e-3, "dim64": 2e-3}  # of the proxies: the narrower, the higher
 PROXIES = {"dim8": ("dim8", "reward"), "dim24": ("dim24", "reward"), "dim64": ("base", "reward"), "dim64_few": ("base", "reward_few")}  # run and stage of each
-UPDATES, EPOCHS, PROMPTS = 480, 4, 64
+UPDATES, EPOCHS, PROMPTS = 240, 4, 64
 BEST_OF, ASKED = 256, 48
 WORLD = "jaxalign.tasks.reviews:World"
 
@@ -53,7 +54,7 @@ def get_config(arg=None):
             "sizes": {"prompts_eval": 256},
             "samples": 256,
             "sampling": {"max_new": MAX_NEW},
-            "watch": {"each": 2, "reference": "../base/sft"},
+            "watch": {"each": 1, "reference": "../base/sft"},
         }
         c.stages = {f"ppo_{p}": _ppo("../" + "/".join(where)) for p, where in PROXIES.items()}
         c.order = tuple(f"ppo_{p}" for p in PROXIES)
@@ -74,19 +75,19 @@ def get_config(arg=None):
             train=dict(steps=100, log_every=10),
             optim=dict(lr=1e-3, warmup=5),
         )
-        c.stages.reward_few = _proxy(at, FEW, "sft")
-    c.stages.reward = _proxy(at, MANY, "sft" if own else "pretrain")
+        c.stages.reward_few = _proxy(at, FEW, "sft", "dim64", batch=8)
+    c.stages.reward = _proxy(at, MANY, "sft", "dim64") if own else _proxy(at, MANY, "pretrain", arg)
     c.order = ("pretrain", "sft", "reward", "reward_few") if own else ("pretrain", "reward")
     return c
 
 
-def _proxy(at: str, pairs: int, init: str):
+def _proxy(at: str, pairs: int, init: str, size: str, batch: int = 32):
     return build.stage(
         "reward_pairs",
         init=init,
-        data=dict(path=at + "pairs.jsonl", eval_path=at + "pairs_eval.jsonl", batch_size=32, max_len=LENGTH),
-        train=dict(steps=pairs // 32, log_every=4),
-        optim=dict(lr=1e-3, schedule="linear", end=0.0, warmup=2, b2=0.99, weight_decay=0.1),
+        data=dict(path=at + "pairs.jsonl", eval_path=at + "pairs_eval.jsonl", batch_size=batch, max_len=LENGTH),
+        train=dict(steps=pairs // batch, log_every=4),
+        optim=dict(lr=RATES[size], schedule="linear", end=0.0, warmup=2, b2=0.99, weight_decay=0.1),
     )
 
 
@@ -95,8 +96,8 @@ def _ppo(reward: str):
         "ppo",
         init="../base/sft",
         data=dict(path="../base/data/prompts.jsonl", batch_size=PROMPTS),
-        train=dict(steps=UPDATES, eval_every=20, log_every=4, save_every=120, keep=1),
-        optim=dict(lr=4e-4, schedule="constant", warmup=8, b1=0.9, b2=0.999, eps=1e-5),
+        train=dict(steps=UPDATES, eval_every=8, log_every=4, save_every=120, keep=1),
+        optim=dict(lr=1e-4, schedule="constant", warmup=8, b1=0.9, b2=0.999, eps=1e-5),
         rl=dict(reward=reward, epochs=EPOCHS, minibatches=1, beta=0.0),
         sampling=dict(max_new=MAX_NEW),
     )
@@ -219,6 +220,8 @@ REPRODUCTION = Reproduction(
     curves={**{f"RL, {p}": curve_rl(p) for p in PROXIES}, **{f"best of n, {p}": curve_bon(p) for p in PROXIES}},
     figures={
         **{f"{what}, {p}": f(p) for what, f in FIGURES.items() for p in PROXIES},
+        "gold at the turn, large less small": lambda seed: peak(LARGE)(seed) - peak(SMALL)(seed),
+        "gold at the turn, all pairs less few": lambda seed: peak(LARGE)(seed) - peak(UNTAUGHT)(seed),
         "KL at the turn, large over small": lambda seed: turnover(LARGE)(seed) / max(turnover(SMALL)(seed), 0.1),
         "KL at the turn, all pairs over few": lambda seed: turnover(LARGE)(seed) / max(turnover(UNTAUGHT)(seed), 0.1),
     },
@@ -231,6 +234,8 @@ REPRODUCTION = Reproduction(
         Claim(f"proxy won after it, {SMALL}", 0.01, 100.0, "there: while the proxy still rises"),
         Claim("KL at the turn, large over small", 1.0, 1e3, "figure 1: the turn moves right with the proxy's size"),
         Claim("KL at the turn, all pairs over few", 1.0, 1e3, "section 3.2: and with its data"),
+        Claim("gold at the turn, large less small", 0.0, 10.0, "figure 1: a larger proxy leaves more gold at the turn"),
+        Claim("gold at the turn, all pairs less few", 0.0, 10.0, "section 3.2: and so do more comparisons"),
         *(Claim(f"R2 of the {form} form, {p}", 0.8, 1.0, "the form, fitted; no number is printed there") for form in ("RL", "best-of-n") for p in PROXIES),
     ),
 )

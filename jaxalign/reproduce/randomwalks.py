@@ -9,14 +9,16 @@ Graph, walks and metric are trlX's (examples/randomwalks, at seed 1000), and so 
 Where we differ: no dropout (0.1 there), and PPO's advantages are whitened over the whole rollout (over each minibatch there). The
 policy to begin with is cloned here, of 20,000 walks of which trlX's 1000 are the first, because how trlX's published one was made
 is not known, only that it saw random walks. What learns offline (DPO, ILQL) sees the 1000 alone, and ILQL starts from nothing, as
-there. Everything online has PPO's budget: 160 updates on 2,800 episodes.
+there. Everything online has PPO's budget: 160 updates on 2,800 episodes. Arms without settings of their own to follow had theirs chosen on
+seed 0.
 """
 
 from jaxalign import build
 from jaxalign.reproduce.runner import Claim, Reproduction, best, curve, last
 
 EPISODES, ROLLOUTS, GROUP = 140, 20, 7  # of trlX's PPO: 20 prompts at a time, until there are 128 or more
-STEPS = ROLLOUTS * 4 * 2  # 4 epochs of 2 minibatches each
+STEPS = ROLLOUTS * 4 * 2  # 4 epochs of 2 minibatches each, or 8 of the whole
+WHOLE = dict(epochs=8, minibatches=1)
 BETAS = (0.0, 1.0, 100.0)  # how much the advantages of ILQL weigh when it decodes
 
 TRAIN = dict(steps=STEPS, eval_every=16, save_every=40, keep=1)
@@ -42,13 +44,14 @@ def online(objective, *, group=None, optim=DECAYED, loss=(), rl=()):
 PPO = dict(loss=dict(value_coef=1.2), rl=dict(beta=0.0, gamma=1.0, lam=0.95, clip_score=1.0, value="mlp"))
 ARMS = {
     "ppo": lambda: online("ppo", optim=ADAM, **PPO),
-    "ppo_decayed": lambda: online("ppo", **PPO),
-    "grpo": lambda: online("grpo", group=GROUP),
-    "rloo": lambda: online("rloo", group=GROUP, rl=dict(beta=0.0)),
+    "ppo_whole": lambda: online("ppo", optim=dict(DECAYED, lr=5e-4), loss=PPO["loss"], rl=PPO["rl"] | WHOLE),
+    "grpo": lambda: online("grpo", group=GROUP, optim=dict(DECAYED, lr=2e-4)),
+    "rloo": lambda: online("rloo", group=GROUP, optim=dict(DECAYED, lr=2e-4), rl=dict(WHOLE, beta=0.02)),
     "nlpo": lambda: online("nlpo", loss=dict(vf_coef=1.2, min_tokens_to_keep=1, target_update_iterations=2), rl=dict(beta=0.0, gamma=1.0, lam=0.95)),
+    "online_dpo": lambda: online("online_dpo", group=2, optim=dict(DECAYED, lr=2e-4), loss=dict(beta=1.0), rl=WHOLE),
     # Demonstrations are the answers in the best three tenths of a whole rollout; trlX takes 100 for each prompt, and the best tenth to twentieth.
-    "rft": lambda: online("raft", group=GROUP, rl=dict(keep=GROUP, quantile=0.7, minibatches=1, epochs=8)),
-    "dpo": lambda: build.stage("dpo", init="sft", data=dict(path="data/pairs.jsonl", batch_size=100), train=TRAIN, optim=dict(DECAYED, lr=1e-4)),
+    "rft": lambda: online("raft", group=GROUP, rl=dict(WHOLE, keep=GROUP, quantile=0.7)),
+    "dpo": lambda: build.stage("dpo", init="sft", objective=dict(beta=1.0), data=dict(path="data/pairs.jsonl", batch_size=100), train=TRAIN, optim=dict(DECAYED, lr=1e-4)),
     "rpo": lambda: build.stage("rpo", init="sft", data=dict(path="data/pairs.jsonl", batch_size=100), train=TRAIN, optim=dict(DECAYED, lr=1e-4)),
     "ilql": lambda: build.stage(
         "ilql",
@@ -58,6 +61,11 @@ ARMS = {
         optim=dict(ADAM, lr=2e-4),
     ),
 }
+
+NOTES = (
+    "Why DPO on the walks of the data does not get there: the better of two walks is nearly always the shorter one, so the goal becomes likelier everywhere, also after letters that no edge "
+    "leads from, which no pair ever punishes; the better walk's own likelihood falls too. With its likelihood in the loss (rpo) the policy stays on the graph, and pairs of its own walks (online_dpo) show it those mistakes."
+)
 
 
 def get_config(arg=None):
@@ -83,14 +91,21 @@ def get_config(arg=None):
     return c
 
 
-GUIDED = {f"ilql, beta {b:g}": f"eval/gold/beta_{b:g}" for b in BETAS}
-PLAIN = [a for a in ARMS if a != "ilql"]
+# name -> (arm, metric). RL4LMs samples NLPO's policy through its mask in evaluation as in training; without it, what the mask had
+# hidden and nobody unlearned comes back.
+LINES = {a: (a, "eval/gold") for a in ARMS if a != "ilql"} | {"nlpo": ("nlpo", "eval/gold/masked"), "nlpo, without its mask": ("nlpo", "eval/gold")}
+GUIDED = {f"ilql, beta {b:g}": ("ilql", f"eval/gold/beta_{b:g}") for b in BETAS}
 REPRODUCTION = Reproduction(
     title="Random walks",
     get_config=get_config,
-    curves={a: curve(a, "eval/gold") for a in PLAIN} | {k: curve("ilql", m) for k, m in GUIDED.items()},
+    curves={name: curve(*where) for name, where in (LINES | GUIDED).items()},
     # The mean of the last three evaluations, of 1000 walks each: updates 128, 144 and 160.
-    figures={"bc": last("sft", "eval/gold", n=1), "ppo, best": best("ppo", "eval/gold")} | {a: last(a, "eval/gold", n=3) for a in PLAIN} | {k: last("ilql", m, n=1) for k, m in GUIDED.items()},
+    figures={
+        "bc": last("sft", "eval/gold", n=1),
+        "ppo, best": best("ppo", "eval/gold"),
+        **{name: last(*where, n=3) for name, where in LINES.items()},
+        **{name: last(*where, n=1) for name, where in GUIDED.items()},
+    },
     x="updates",
     y="optimality (1 is the shortest way)",
     tolerance=0.05,
@@ -98,15 +113,17 @@ REPRODUCTION = Reproduction(
         Claim("bc", 0.32, 0.36, "the walkers themselves reach 0.346, counted transitions of the data 0.355"),
         Claim("ppo", 0.97, 1.0, "trlX, pull requests 119 and 554: a perfect score, in curves only; its settings implemented once more gave 0.972, one seed"),
         Claim("ppo, best", 0.97, 1.0, "the same: the best of its ten evaluations"),
-        Claim("ppo_decayed", 0.97, 1.0, "PPO once more, its rate falling to 0 and its gradient clipped at norm 1"),
+        Claim("ppo_whole", 0.97, 1.0, "the same, with other settings: the rollout in one piece, rate 5e-4 falling to 0, gradient clipped at norm 1"),
         Claim("grpo", 0.95, 1.0, "within PPO's budget; no published number"),
         Claim("rloo", 0.95, 1.0, "within PPO's budget; no published number"),
         Claim("nlpo", 0.95, 1.0, "within PPO's budget; no published number"),
         Claim("rft", 0.95, 1.0, "trlX, pull request 554: a perfect score in the time of PPO"),
+        Claim("online_dpo", 0.95, 1.0, "walks of its own ranked by optimality, within PPO's budget; no published number"),
         Claim("dpo", 0.95, 1.0, "walks of the data ranked by optimality; no published number"),
         Claim("rpo", 0.95, 1.0, "the same, with the likelihood of the better walk in the loss"),
         Claim("ilql, beta 0", 0.28, 0.40, "about cloning; implemented once more: 0.289, one seed"),
         Claim("ilql, beta 1", 0.40, 0.98, "between; implemented once more: 0.541, one seed"),
         Claim("ilql, beta 100", 0.98, 1.0, "above cloning of the best 30 %, 0.889; implemented once more: 0.9845, one seed"),
     ),
+    notes=NOTES,
 )

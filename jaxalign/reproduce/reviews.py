@@ -54,7 +54,7 @@ def ppo(updates: int, *, reward: str = "reward", **sections):
         "ppo",
         init="sft",
         data=dict(path="data/prompts.jsonl", batch_size=64),
-        train=dict(steps=updates, eval_every=max(updates // 12, 1), log_every=4, save_every=100, keep=1),
+        train=dict(steps=updates, eval_every=max(updates // 12, 1), log_every=4, save_every=100, keep=1) | sections.pop("train", {}),
         optim=dict(lr=4e-4, schedule="linear", end=0.0, warmup=8, b1=0.9, b2=0.999, eps=1e-5) | sections.pop("optim", {}),
         rl=dict(reward=reward, epochs=4, minibatches=1) | sections.pop("rl", {}),
         sampling=dict(max_new=MAX_NEW) | sections.pop("sampling", {}),

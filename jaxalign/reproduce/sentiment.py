@@ -21,16 +21,16 @@ from jaxalign.reproduce import reviews
 from jaxalign.reproduce.runner import Claim, Reproduction, Seed
 
 RANKED = 1200  # prompts, with some 3,700 disjoint pairs
-STEPS, UPDATES, BATCH = 150, 320, 32
+STEPS, UPDATES, BATCH = 120, 160, 32
 # method -> (objective, beta or what stands for it)
 STRENGTHS = {
-    "dpo": ("dpo", (0.05, 0.1, 0.3, 1.0)),
-    "ipo": ("ipo", (0.1, 0.3, 1.0)),
-    "kto": ("kto", (0.05, 0.1, 0.3)),
-    "orpo": ("orpo", (0.1, 0.5, 2.0)),
-    "simpo": ("simpo", (1.0, 2.5, 10.0)),
-    "ppo": ("ppo", (0.02, 0.05, 0.1)),
-    "ppo_gold": ("ppo", (0.05, 0.1, 0.2)),
+    "dpo": ("dpo", (0.1, 0.3, 1.0)),
+    "ipo": ("ipo", (0.1, 0.5)),
+    "kto": ("kto", (0.1, 0.3)),
+    "orpo": ("orpo", (0.5, 2.0)),
+    "simpo": ("simpo", (2.5, 10.0)),
+    "ppo": ("ppo", (0.1, 0.3, 0.6)),
+    "ppo_gold": ("ppo", (0.1, 0.3, 0.6)),
 }
 AT = (1.0, 2.0, 4.0)  # nats at which the frontiers are compared
 OPTIMUM = {"prompts": 16, "each": 256}
@@ -47,7 +47,7 @@ def get_config(arg=None):
     for method, (objective, betas) in STRENGTHS.items():
         for name, beta in zip(arms(method), betas):
             if objective == "ppo":
-                c.stages[name] = reviews.ppo(UPDATES, reward=reviews.GOLD if method == "ppo_gold" else "reward", rl=dict(beta=beta))
+                c.stages[name] = reviews.ppo(UPDATES, reward=reviews.GOLD if method == "ppo_gold" else "reward", rl=dict(beta=beta), train=dict(eval_every=16), optim=dict(lr=2e-4))
             else:
                 c.stages[name] = build.stage(
                     objective,

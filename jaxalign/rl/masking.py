@@ -33,6 +33,11 @@ class Masked:
         return self.model.config
 
     @property
+    def trunk(self):
+        """What a reference is: without a mask."""
+        return self.model
+
+    @property
     def positions(self):
         return getattr(self.model, "positions", None)
 

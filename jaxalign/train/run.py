@@ -179,7 +179,8 @@ def train(
                 state, metrics = step(state, frozen, batch)
                 metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
             done += 1
-            numbers = {**metrics, "num_tokens": int(tokens), **getattr(source, "metrics", dict)()}
+            told = getattr(source, "metrics", dict)()  # of a rollout, in the step that collected it
+            numbers = {**metrics, "num_tokens": int(tokens), **told}
             bad = metrics["skipped"] > 0
             skipped = {"in_a_row": skipped["in_a_row"] + 1 if bad else 0, "total": skipped["total"] + bad}
             if bad:
@@ -188,7 +189,7 @@ def train(
             if evaluate is not None and (last or (loop.eval_every and done % loop.eval_every == 0)):
                 with phases("eval"), progress.paused():
                     numbers |= {f"eval/{k}": v for k, v in evaluate(state).items()}
-            due = last or done % loop.log_every == 0 or bad
+            due = last or done % loop.log_every == 0 or bad or bool(told)
             if due:
                 log.metrics(done, numbers)
             for e in getattr(source, "events", list)():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from jaxalign.objectives import kto
-from jaxalign.types import Labelled
+from jaxalign.types import Labelled, UserError
 
 KTO = np.load(Path(__file__).parents[1] / "vectors/kto.npz")
 CASES = sorted({k.removeprefix("loss__").split("__", 1)[1] for k in KTO.files if k.startswith("loss__")})
@@ -74,3 +74,47 @@ def test_bco_shifts_by_the_mean_of_all_batches_before():
         shift = (shift * i + now.mean()) / (i + 1)
     np.testing.assert_allclose(aux["mean"], shift, rtol=1e-5)
     assert kto.bco(tiny.Replay(), shift="none").init_aux is None
+
+
+def test_the_density_ratio_of_two_kinds_of_prompt():
+    """Of prompts of two kinds it is the ratio of their shares among good and among bad rows, whatever the numbers of these; clipped."""
+    kind = np.repeat([0, 1, 0, 1], [2400, 600, 300, 1200])
+    good = np.repeat([True, True, False, False], [2400, 600, 300, 1200])
+    x = 7 * np.eye(2)[kind] + 100
+    ratio = kto.density_ratio(x, good, 0.0, 99.0)(7 * np.eye(2) + 100)
+    np.testing.assert_allclose(ratio, [(2400 / 3000) / (300 / 1500), (600 / 3000) / (1200 / 1500)], rtol=0.02)
+    np.testing.assert_array_equal(kto.density_ratio(x, good, 0.5, 3.0)(7 * np.eye(2) + 100), [3.0, 0.5])
+    even = kto.density_ratio(x, np.arange(4500) % 3 > 0)(x)
+    np.testing.assert_allclose(even, 1, atol=0.02)
+    with pytest.raises(UserError, match="all are bad"):
+        kto.density_ratio(x, good & False)
+
+
+def test_the_density_ratio_by_newton():
+    """The same minimum by another road: 1/2 |w|^2 + the balanced log losses, centred, at a mean square norm of 1; written out."""
+    r = np.random.default_rng(0)
+    x, good = r.standard_normal((90, 7)) * 3 + 1, r.random(90) < 0.3
+    x[good] += 1.5 * r.standard_normal(7)
+    z = x - x.mean(0)
+    z = np.column_stack([z / np.sqrt((z**2).sum() / 90), np.ones(90)])
+    c = np.where(good, 90 / (2 * good.sum()), 90 / (2 * (~good).sum()))
+    v, prior = np.zeros(8), np.diag([1.0] * 7 + [0.0])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-z @ v))
+        v = v - np.linalg.solve(prior + (z.T * (c * p * (1 - p))) @ z, prior @ v + z.T @ (c * (p - good)))
+    p = 1 / (1 + np.exp(-z @ v))
+    np.testing.assert_allclose(kto.density_ratio(x, good, 0, 1e9)(x), p / (1 - p), rtol=1e-4)
+
+
+def test_weights_multiply_and_do_not_divide():
+    """TRL: the mean over rows of weight x loss."""
+    params, batch = batch_of("mixed")
+    weight = np.where(batch.label > 0, 1, np.linspace(0.5, 3, 7)).astype(np.float32)
+    objective = kto.bco_matched(tiny.Replay(), beta=0.5, shift="none")
+    loss, said, _ = tiny.gradient(objective)(params, batch._replace(weight=weight))
+    reward = 0.5 * ((params["logps"][:7] * batch.rows.mask[:, 1:]).sum(1) - batch.ref)
+    want = weight * np.log1p(np.exp(-np.where(batch.label > 0, 1, -1) * reward))
+    np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+    np.testing.assert_allclose(said["weights"], weight[batch.label == 0].mean(), rtol=1e-6)
+    with pytest.raises(UserError, match="min_ratio 2"):
+        kto.bco_matched(tiny.Replay(), min_ratio=2.0, max_ratio=1.0)

@@ -25,13 +25,13 @@ def by_loop(logits, rule):
     p /= p.sum()
     out, total = np.zeros(len(logits), bool), 0.0
     for place, v in enumerate(order):
-        out[v] = place < rule.top_mask if rule.mask_type == "learned_top_k" else total <= rule.top_mask or place < rule.min_tokens_to_keep
+        out[v] = place < rule.top_mask if rule.mask_type in ("top_k", "learned_top_k") else total <= rule.top_mask or place < rule.min_tokens_to_keep
         total += p[v]
     out[list(rule.special)] = True
     return out
 
 
-@pytest.mark.parametrize("rule", [Rule("learned_top_p", 0.9, 1), Rule("learned_top_p", 0.5, 4, (0, 3)), Rule("learned_top_p", 0.01, 1), Rule("learned_top_k", 5, 1, (2,)), Rule("learned_top_k", 99, 1), Rule("learned_top_p", 0.3, 99)])
+@pytest.mark.parametrize("rule", [Rule("learned_top_p", 0.9, 1), Rule("learned_top_p", 0.5, 4, (0, 3)), Rule("learned_top_p", 0.01, 1), Rule("learned_top_k", 5, 1, (2,)), Rule("learned_top_k", 99, 1), Rule("learned_top_p", 0.3, 99), Rule("top_p", 0.5, 2), Rule("top_k", 3, 1)])
 def test_allowed_by_a_loop(rule):
     logits = np.random.default_rng(0).standard_normal((3, 40, 23)).astype(np.float32) * 3
     got = jax.jit(functools.partial(allowed, rule=rule))(logits)
@@ -45,7 +45,7 @@ def test_everything_is_allowed_at_one():
     assert allowed(jnp.zeros((2, 50_000)), Rule("learned_top_p", 1.0, 1)).all()
 
 
-@pytest.mark.parametrize("bad", [dict(mask_type="top_p"), dict(top_mask=0.0), dict(top_mask=1.5), dict(mask_type="learned_top_k", top_mask=0.9), dict(min_tokens_to_keep=0)])
+@pytest.mark.parametrize("bad", [dict(mask_type="topk"), dict(top_mask=0.0), dict(top_mask=1.5), dict(mask_type="learned_top_k", top_mask=0.9), dict(mask_type="top_k", top_mask=0.9), dict(min_tokens_to_keep=0)])
 def test_refused(bad):
     with pytest.raises(UserError, match="mask_type"):
         nlpo.nlpo(None, **bad)
@@ -126,6 +126,8 @@ def test_copied_every_so_many_rollouts():
     o = nlpo.nlpo(tiny.LLAMA, target_update_iterations=3, updates=4)
     due = [s for s in range(30) if o.update_aux({"policy": jnp.zeros(())}, {"policy": jnp.ones(()), "value": 0}, {}, s)["policy"] == 1]
     assert due == [11, 23]
+    for kind, k in (("top_p", 0.9), ("top_k", 5)):
+        assert nlpo.nlpo(tiny.LLAMA, mask_type=kind, top_mask=k).update_aux is None
 
 
 def test_no_program_holds_the_logits_of_a_batch():
