@@ -14,7 +14,6 @@ import time
 from typing import Any, Callable
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
