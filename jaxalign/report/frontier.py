@@ -16,7 +16,7 @@ from jaxalign.report.read import number, show
 # what is measured -> (metric of the KL, of the reward, what the reward is, what a stage without them would have to do)
 KINDS = {
     "gold": ("eval/kl", "eval/gold", "Gold reward of held-out answers", "set world.watch and train.eval_every for a world's own reward while a stage trains"),
-    "scores": ("objective/kl", "objective/scores", "Reward that was trained on", "online stages that measure a KL write them, at the first update after each rollout: set train.log_every so that it meets those"),
+    "scores": ("objective/kl", "objective/scores", "Reward that was trained on", "online stages that measure a KL write them, at the first update after each rollout"),
 }  # fmt: skip
 POINTS = 50  # of a stage, at most: more rows are averaged, neighbours together
 KEYS = 150  # pixels to the right of an SVG of its own, for the stages' names

@@ -154,34 +154,32 @@ def points_rl(seed: Seed, proxy: str) -> np.ndarray:
     return np.array(out)
 
 
-def smooth(y: np.ndarray) -> np.ndarray:
-    """The mean of each point with its neighbours: a peak of one noisy evaluation is none."""
-    wide = np.concatenate([y[:1], y, y[-1:]])
-    return (wide[:-2] + wide[1:-1] + wide[2:]) / 3
+def _turn(seed: Seed, proxy: str) -> forms.Turn:
+    return forms.turn(*points_rl(seed, proxy)[:, :2].T)
 
 
 def turnover(proxy: str):
     """The KL at which gold is highest."""
-    return lambda seed: float(points_rl(seed, proxy)[np.argmax(smooth(points_rl(seed, proxy)[:, 1])), 0])
+    return lambda seed: _turn(seed, proxy).kl
+
+
+def peak(proxy: str):
+    return lambda seed: _turn(seed, proxy).reward
 
 
 def lost(proxy: str):
     """Gold at the peak less gold at the end."""
-    return lambda seed: float(smooth(points_rl(seed, proxy)[:, 1]).max() - smooth(points_rl(seed, proxy)[:, 1])[-1])
+    return lambda seed: _turn(seed, proxy).reward - _turn(seed, proxy).end_reward
 
 
 def gained(proxy: str):
     """What the proxy itself says was won between gold's peak and the end."""
 
     def figure(seed: Seed) -> float:
-        p = points_rl(seed, proxy)
-        return float(smooth(p[:, 2])[-1] - smooth(p[:, 2])[np.argmax(smooth(p[:, 1]))])
+        scores = forms.smooth(points_rl(seed, proxy)[:, 2])
+        return float(scores[-1] - scores[_turn(seed, proxy).at])
 
     return figure
-
-
-def peak(proxy: str):
-    return lambda seed: float(smooth(points_rl(seed, proxy)[:, 1]).max())
 
 
 def accuracy(proxy: str):

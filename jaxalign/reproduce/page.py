@@ -15,7 +15,7 @@ from jaxalign.reproduce.runner import Reproduction, Row, interval
 from jaxalign.types import UserError
 
 # More arms than the page's style sheet has colours.
-COLOURS = ("#2a6fd0", "#d9661f", "#0e8f72", "#7c4dcc", "#6b7280", "#c02626", "#b8860b", "#1aa3c7", "#c2418c", "#5a7d1f", "#8a5a3c", "#3d3f9e")
+COLOURS = ("#2a6fd0", "#d9661f", "#0e8f72", "#7c4dcc", "#6b7280", "#c02626", "#b8860b", "#1aa3c7", "#c2418c", "#5a7d1f", "#8a5a3c", "#3d3f9e", "#d4799c", "#7f8f00")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:

@@ -47,7 +47,7 @@ def test_scaling_finds_the_law_of_its_runs(tmp_path):
     assert scaling.isoflop(seed) == pytest.approx(a, abs=0.08)
     low, high = (scaling.bound("isoflop", i)(seed) for i in (0, 2))
     assert low <= scaling.isoflop(seed) <= high
-    line = scaling.REPRODUCTION.curves["1.0e+11 FLOPs"](seed)
+    line = scaling.REPRODUCTION.curves["8.0e+10 FLOPs"](seed)
     assert len(line) == 4 and line[0][0] < line[-1][0]
 
 
