@@ -35,7 +35,7 @@ class InTurns(OnlineSource):
         if own:
             batch = super().next(state)
         else:
-            batch, self._metrics, self._samples = shard.place(self.given.next(state), self.mesh), {}, []
+            batch, self._metrics, self._samples, self.collected = shard.place(self.given.next(state), self.mesh), {}, [], False
         self._metrics = {**self._metrics, "on_policy": float(own)}
         return batch
 

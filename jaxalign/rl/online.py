@@ -145,6 +145,7 @@ class OnlineSource:
         self._queue: list[dict[str, Any]] = []  # rollouts under way: {"born": iteration, "rollout": ..., "scores": array or Future, if it has begun}
         self.phase = lambda name: contextlib.nullcontext()  # who measures time puts a context manager here
         self._metrics, self._samples, self._events = {}, [], []
+        self.collected = False  # whether the last batch was the first of a new rollout: the loop logs such a step, whatever log_every is
         self._take = jax.jit(lambda e, i: jax.tree.map(lambda x: jnp.take(x, i, axis=0), e), out_shardings=shard.batch_sharding(mesh))
         self._thread = concurrent.futures.ThreadPoolExecutor(1) if staleness else None
         self._done = (lambda x: x) if staleness else jax.block_until_ready  # nothing overlaps: each phase ends where it ends
@@ -209,7 +210,7 @@ class OnlineSource:
             self._metrics["staleness"] = float(self.iteration - born)
         self.beta = self.kl.update(self.beta, self.kl.observed(self._metrics), rollout.tokens.shape[0])
         self._samples = self._show(rollout, scores) if self.decode else []
-        self.iteration, self.used = self.iteration + 1, 0
+        self.iteration, self.used, self.collected = self.iteration + 1, 0, True
 
     def _scored(self, params, state) -> tuple[Rollout, Any, int, dict[str, float]]:
         """The rollout whose turn it is, its scores, the iteration that launched it, and what the metrics say of the scores."""
@@ -271,7 +272,7 @@ class OnlineSource:
     # -- the source -------------------------------------------------------------------------------------------------
 
     def next(self, state):
-        self._metrics, self._samples = {}, []
+        self._metrics, self._samples, self.collected = {}, [], False
         over = self.experience is None or self.used == self.epochs * self.minibatches
         if over or (self.stop is not None and self.used and self.stop(state)):
             self._collect(state)

@@ -178,8 +178,7 @@ def train(
                 state, metrics = step(state, frozen, batch)
                 metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
             done += 1
-            told = getattr(source, "metrics", dict)()  # of a rollout, in the step that collected it
-            numbers = {**metrics, "num_tokens": int(tokens), **told}
+            numbers = {**metrics, "num_tokens": int(tokens), **getattr(source, "metrics", dict)()}
             bad = metrics["skipped"] > 0
             skipped = {"in_a_row": skipped["in_a_row"] + 1 if bad else 0, "total": skipped["total"] + bad}
             if bad:
@@ -188,7 +187,7 @@ def train(
             if evaluate is not None and (last or (loop.eval_every and done % loop.eval_every == 0)):
                 with phases("eval"), progress.paused():
                     numbers |= {f"eval/{k}": v for k, v in evaluate(state).items()}
-            due = last or done % loop.log_every == 0 or bad or bool(told)
+            due = last or done % loop.log_every == 0 or bad or getattr(source, "collected", False)
             if due:
                 log.metrics(done, numbers)
             for e in getattr(source, "events", list)():
