@@ -412,7 +412,7 @@ def test_a_bad_flag(flag, said, road, refused, tmp_path):
         (["train", "--config=nowhere.py", "--workdir=w"], r"--config=nowhere\.py: No such file.*relative to"),
         (["train", f"--config={runs.ROOT}/configs/quickstart.py", "--workdir=w"], r"has the stages pretrain, sft, reward, ppo, dpo: say which"),
         (["train", f"--config={runs.ROOT}/configs/dpo.py:idpo", "--workdir=w"], r"idpo: there is no such preset; did you mean 'ipo'"),
-        (["train", f"--config={runs.ROOT}/configs/nlpo.py:fast", "--workdir=w"], r"fast: this config has no presets"),
+        (["train", f"--config={runs.ROOT}/jaxalign/reproduce/human_preferences.py:fast", "--workdir=w"], r"fast: this config has no presets"),
         (["pipeline", f"--config={runs.ROOT}/configs/sft.py", "--workdir=w"], r"one stage: run it with jaxalign train"),
         (["eval", f"--config={runs.ROOT}/configs/quickstart.py:smoke", "--workdir=w"], r"."),
         (["sample", "--prompt=x"], r"--run is missing"),
