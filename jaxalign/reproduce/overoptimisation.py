@@ -28,6 +28,7 @@ RATES = {"dim8": 6e-3, "dim24": 2.5e-3, "dim64": 2e-3}  # of the proxies: the na
 PROXIES = {"dim8": ("dim8", "reward"), "dim24": ("dim24", "reward"), "dim64": ("base", "reward"), "dim64_few": ("base", "reward_few")}  # run and stage of each
 UPDATES, EPOCHS, PROMPTS = 240, 4, 64
 BEST_OF, ASKED = 256, 48
+FAR = 20.0  # nats: best of 256 is at 4.5, and what a fit says of a turn much further on is not known
 WORLD = "jaxalign.tasks.reviews:World"
 
 
@@ -187,17 +188,31 @@ def accuracy(proxy: str):
     return last(stage, "eval/accuracy", n=1, run=run)
 
 
-def _r2(fit, points: np.ndarray) -> float:
+def _fitted(fit, points: np.ndarray) -> forms.Fit | None:
     """Of two constants through fewer than three points there is nothing to say."""
-    return fit(*points.T).r2 if len(np.unique(points[points[:, 0] > 0, 0])) > 2 else float("nan")
+    return fit(*points.T) if len(np.unique(points[points[:, 0] > 0, 0])) > 2 else None
 
 
-def rl_fit(proxy: str):
-    return lambda seed: _r2(forms.fit_rl, points_rl(seed, proxy)[:, :2])
+def rl_form(proxy: str):
+    return lambda seed: _fitted(forms.fit_rl, points_rl(seed, proxy)[:, :2])
 
 
-def bon_fit(proxy: str):
-    return lambda seed: _r2(forms.fit_best_of_n, points_bon(seed, proxy))
+def bon_form(proxy: str):
+    return lambda seed: _fitted(forms.fit_best_of_n, points_bon(seed, proxy))
+
+
+def r2(form):
+    return lambda proxy: lambda seed: f.r2 if (f := form(proxy)(seed)) else float("nan")
+
+
+def root(form):
+    """sqrt(KL) at which a fitted form is highest; a form that never turns, or beyond FAR, counts as FAR."""
+    return lambda proxy: lambda seed: float(np.sqrt(min(f.turnover, FAR))) if (f := form(proxy)(seed)) else float("nan")
+
+
+def later(form, a: str, b: str):
+    """By how much a's turn is to the right of b's, in sqrt(KL)."""
+    return lambda seed: root(form)(a)(seed) - root(form)(b)(seed)
 
 
 def curve_rl(proxy: str):
@@ -208,7 +223,9 @@ def curve_bon(proxy: str):
     return lambda seed: [(float(np.sqrt(k)), float(g)) for k, g in points_bon(seed, proxy)]
 
 
-FIGURES = {"accuracy": accuracy, "KL at the turn": turnover, "gold at the turn": peak, "gold lost after it": lost, "proxy won after it": gained, "R2 of the RL form": rl_fit, "R2 of the best-of-n form": bon_fit}
+FORMS = {"RL": rl_form, "best of n": bon_form}
+FIGURES = {"accuracy": accuracy, "RL, KL where gold is highest": turnover, "RL, gold there": peak, "RL, gold lost after it": lost, "RL, proxy won after it": gained}
+FIGURES |= {f"{name}, R2 of the form": r2(form) for name, form in FORMS.items()} | {f"{name}, turn of the form": root(form) for name, form in FORMS.items()}
 SMALL, LARGE, UNTAUGHT = "dim8", "dim64", "dim64_few"
 REPRODUCTION = Reproduction(
     title="Over-optimisation of a learned reward",
@@ -218,22 +235,22 @@ REPRODUCTION = Reproduction(
     curves={**{f"RL, {p}": curve_rl(p) for p in PROXIES}, **{f"best of n, {p}": curve_bon(p) for p in PROXIES}},
     figures={
         **{f"{what}, {p}": f(p) for what, f in FIGURES.items() for p in PROXIES},
-        "gold at the turn, large less small": lambda seed: peak(LARGE)(seed) - peak(SMALL)(seed),
-        "gold at the turn, all pairs less few": lambda seed: peak(LARGE)(seed) - peak(UNTAUGHT)(seed),
-        "KL at the turn, large over small": lambda seed: turnover(LARGE)(seed) / max(turnover(SMALL)(seed), 0.1),
-        "KL at the turn, all pairs over few": lambda seed: turnover(LARGE)(seed) / max(turnover(UNTAUGHT)(seed), 0.1),
+        "RL, gold there, large less small": lambda seed: peak(LARGE)(seed) - peak(SMALL)(seed),
+        "RL, gold there, all pairs less few": lambda seed: peak(LARGE)(seed) - peak(UNTAUGHT)(seed),
+        **{f"{name}, turn of the form, large less small": later(form, LARGE, SMALL) for name, form in FORMS.items()},
+        **{f"{name}, turn of the form, all pairs less few": later(form, LARGE, UNTAUGHT) for name, form in FORMS.items()},
     },
     x="sqrt(KL), nats",
     y="gold reward less that of the start",
-    tolerance=0.3,
-    tolerances={**{f"KL at the turn, {p}": 6.0 for p in PROXIES}, "KL at the turn, large over small": 4.0, "KL at the turn, all pairs over few": 4.0},
+    tolerance=0.4,
+    tolerances={f"RL, KL where gold is highest, {p}": 6.0 for p in PROXIES} | {f"RL, gold lost after it, {p}": 1.0 for p in PROXIES} | {f"RL, proxy won after it, {p}": 1.0 for p in PROXIES} | {f"{n}, turn of the form, {p}": 1.0 for n in FORMS for p in PROXIES},
     claims=(
-        Claim(f"gold lost after it, {SMALL}", 0.1, 10.0, "2210.10760, figure 1b: gold turns over"),
-        Claim(f"proxy won after it, {SMALL}", 0.01, 100.0, "there: while the proxy still rises"),
-        Claim("KL at the turn, large over small", 1.0, 1e3, "figure 1: the turn moves right with the proxy's size"),
-        Claim("KL at the turn, all pairs over few", 1.0, 1e3, "section 3.2: and with its data"),
-        Claim("gold at the turn, large less small", 0.0, 10.0, "figure 1: a larger proxy leaves more gold at the turn"),
-        Claim("gold at the turn, all pairs less few", 0.0, 10.0, "section 3.2: and so do more comparisons"),
-        *(Claim(f"R2 of the {form} form, {p}", 0.8, 1.0, "the form, fitted; no number is printed there") for form in ("RL", "best-of-n") for p in PROXIES),
+        Claim(f"RL, gold lost after it, {SMALL}", 0.1, 10.0, "2210.10760, figure 1b: gold turns over"),
+        Claim(f"RL, proxy won after it, {SMALL}", 0.01, 100.0, "there: while the proxy still rises"),
+        *(Claim(f"{name}, turn of the form, large less small", 0.0, 10.0, "figure 1: the turn moves right with the proxy's size") for name in FORMS),
+        *(Claim(f"{name}, turn of the form, all pairs less few", 0.0, 10.0, "section 3.2: and with its data") for name in FORMS),
+        Claim("RL, gold there, large less small", 0.0, 10.0, "figure 1: a larger proxy leaves more gold at the turn"),
+        Claim("RL, gold there, all pairs less few", 0.0, 10.0, "section 3.2: and so do more comparisons"),
+        *(Claim(f"{name}, R2 of the form, {p}", 0.8, 1.0, "the form, fitted; no number is printed there") for name in FORMS for p in PROXIES),
     ),
 )

@@ -68,10 +68,11 @@ def test_overoptimisation_finds_the_turn(tmp_path):
     assert overoptimisation.turnover(p)(seed) == pytest.approx(np.e**2, abs=1.3)
     assert overoptimisation.lost(p)(seed) == pytest.approx(gain.max() - gain[-1], abs=0.05)
     assert overoptimisation.gained(p)(seed) > 1
-    assert overoptimisation.rl_fit(p)(seed) == pytest.approx(1.0, abs=1e-6)
+    assert overoptimisation.r2(overoptimisation.rl_form)(p)(seed) == pytest.approx(1.0, abs=1e-6)
     points = overoptimisation.points_bon(seed, p)
     assert points[0] == pytest.approx([0, 0], abs=1e-9) and points[:, 1].argmax() not in (0, len(points) - 1)
-    assert overoptimisation.bon_fit(p)(seed) > 0.8
+    assert overoptimisation.r2(overoptimisation.bon_form)(p)(seed) > 0.8
+    assert overoptimisation.root(overoptimisation.rl_form)(p)(seed) == pytest.approx(np.e, abs=1e-3)
     assert all(np.isfinite(f(seed)) for name, f in overoptimisation.REPRODUCTION.figures.items() if "accuracy" not in name)
 
 
