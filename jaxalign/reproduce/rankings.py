@@ -13,7 +13,7 @@ from jaxalign import build
 from jaxalign.reproduce import reviews
 from jaxalign.reproduce.runner import Claim, Reproduction, Seed
 
-EPOCHS, PROMPTS = 4, 800
+EPOCHS, PROMPTS, LENGTH = 4, 500, 96
 PAIRS = 152  # a batch: 8 prompts of 4 to 9 answers have 19 pairs each on average
 STEPS = PROMPTS // 8
 ARMS = ("together", "shuffled")
@@ -23,8 +23,8 @@ def get_config(arg=None):
     arm = build.preset(arg, *ARMS)
     c = reviews.config("rankings", ranked=PROMPTS)
     train = dict(steps=EPOCHS * STEPS, eval_every=STEPS, log_every=5)
-    c.stages.together = reviews.reward(train=train)
-    c.stages.shuffled = reviews.reward("reward_pairs", data=dict(path="data/all_pairs.jsonl", eval_path="data/all_pairs_eval.jsonl", batch_size=PAIRS), train=train)
+    c.stages.together = reviews.reward(data=dict(max_len=LENGTH), train=train)
+    c.stages.shuffled = reviews.reward("reward_pairs", data=dict(path="data/all_pairs.jsonl", eval_path="data/all_pairs_eval.jsonl", batch_size=PAIRS, max_len=LENGTH), train=train)
     c.order = ("pretrain", "sft", *(a for a in ARMS if arm in ("", a)))
     return c
 
