@@ -4,8 +4,8 @@
         --config.model.path=HF_DIR --config.stage.data.path=prompts.jsonl \
         --config.stage.rl.reward=my_package.rewards:score
 
-Behind the colon stands a relative: `:dr` (Dr. GRPO), `:token` (the mean over tokens), `:dapo`, `:cispo`, `:gspo`, `:gspo_token`,
-`:gmpo`, `:rloo`, `:reinforce_pp`, `:reinforce_pp_baseline`, `:remax`, and `:gdpo`, for several rewards (with commas) at once.
+Behind the colon stands a relative: `:dr` (Dr. GRPO), `:token` (the mean over tokens), `:dapo`, `:cispo`, `:sapo`, `:gspo`,
+`:gspo_token`, `:gmpo`, `:vespo`, `:rloo`, `:reinforce_pp`, `:reinforce_pp_baseline`, `:remax`, and `:gdpo`, for several rewards (with commas) at once.
 On the embedded world of short reviews, with its gold reward and a policy made on the way, in under a minute on a laptop CPU:
 
     jaxalign pipeline --config=configs/grpo.py:reviews --workdir=runs/grpo-reviews
@@ -20,9 +20,11 @@ PRESETS = {
     "token": ("token_grpo", {}, 16),
     "dapo": ("dapo", {"overlong_buffer": 51}, 16),  # a fifth of max_new, as 4096 of 20480 in the paper
     "cispo": ("cispo", {"minibatches": 2}, 16),
+    "sapo": ("sapo", {"minibatches": 4}, 16),
     "gspo": ("gspo", {"minibatches": 4}, 16),  # the paper's: without several updates a rollout there is no ratio to clip
     "gspo_token": ("gspo_token", {"minibatches": 4}, 16),
     "gmpo": ("gmpo", {"minibatches": 2}, 16),
+    "vespo": ("vespo", {"minibatches": 4}, 16),
     "rloo": ("rloo", {}, 32),
     "reinforce_pp": ("reinforce_pp", {"minibatches": 2}, 128),
     "reinforce_pp_baseline": ("reinforce_pp_baseline", {"minibatches": 2}, 16),

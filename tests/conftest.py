@@ -1,9 +1,11 @@
 """Eight simulated CPU devices and quick compiles, set before anything imports jax."""
 
+import collections
 import os
 from pathlib import Path
 
 import pytest
+import recordings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -23,6 +25,30 @@ def _maps() -> int:
         return Path("/proc/self/maps").read_bytes().count(b"\n")
     except OSError:  # not Linux
         return 0
+
+
+LEFT: collections.Counter = collections.Counter()  # tests of a file that have not passed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Before any are deselected. Of those asked for by name, or because they failed last, nobody knows how many others their files have."""
+    files = [i.nodeid.split("::")[0] for i in items]
+    LEFT.update(files)
+    if config.getoption("lf", False) or any("::" in a for a in config.args):
+        LEFT.update(set(files))  # one that never passes
+
+
+def pytest_runtest_logreport(report):
+    LEFT[report.nodeid.split("::")[0]] -= report.when == "call" and report.passed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _recordings_are_read(request):
+    """A recorded number that no test of its module looked at, though all of them passed, is a number that nothing is compared with."""
+    yield
+    if LEFT[request.node.nodeid] == 0:
+        assert recordings.unread(request.module) == []
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,7 @@ from jaxalign import build, config, methods, types
 from jaxalign.cli import main as cli
 from jaxalign.data import formats
 from jaxalign.models import heads
-from jaxalign.objectives import dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, ppo, preference, ranked, reward, trpo
+from jaxalign.objectives import answers, dpo_variants, grpo, ilql, kto, lm, nlpo, odds, offline, ppo, preference, ranked, reward, trpo
 from jaxalign.rl import masking
 from jaxalign.rl.experience import group_experience, make_experience
 from jaxalign.rl.reinforce import remax_experience
@@ -192,6 +192,7 @@ def metric_names() -> set[str]:
         "ppo": (ppo.ppo(tiny.LLAMA, entropy_coef=0.1, ptx_coef=0.1), lambda: tiny.init(tiny.LLAMA, value=True), tiny.mixed),
         "grpo": (grpo.grpo(tiny.LLAMA), lambda: {"policy": tiny.init(tiny.LLAMA)}, lambda *a: GroupExperience(*tiny.rows(*a), *[np.zeros(a[1:], np.float32)] * 4)),
         "cispo": (grpo.cispo(tiny.LLAMA), lambda: {"policy": tiny.init(tiny.LLAMA)}, tiny.grouped),
+        "vespo": (answers.vespo(tiny.LLAMA), lambda: {"policy": tiny.init(tiny.LLAMA)}, tiny.grouped),
         "experts": (lm.lm(tiny.EXPERTS), lambda: tiny.init(tiny.EXPERTS), tiny.rows),
         "lm": (lm.lm(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.rows),
         "dpo": (preference.dpo(tiny.LLAMA), lambda: tiny.init(tiny.LLAMA), tiny.pairs),
@@ -215,7 +216,7 @@ def metric_names() -> set[str]:
         now = jax.eval_shape(lambda p: state.create(p, tx, objective, seed=0), params())
         metrics = jax.eval_shape(fn, now, {}, batch(r, 8, 12))[1]
         out |= set(metrics)
-        if name not in ("ppo", "grpo", "cispo", "trpo", "nlpo"):
+        if name not in ("ppo", "grpo", "cispo", "vespo", "trpo", "nlpo"):
             def held_out_loss(p, b):
                 aux = objective.init_aux(p) if objective.init_aux else ()
                 stats = {k: step.mean(*v) for k, v in objective.stats(p, {}, aux, b).items()} if objective.stats else {}

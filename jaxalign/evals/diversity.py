@@ -31,6 +31,11 @@ def bleu(hypotheses: Sequence[Text], references: Sequence[Sequence[Text]], *, ef
     0 becomes 1 / (2^k total). effective_order: orders that no hypothesis has are left out (sacrebleu's sentence BLEU), else they
     make it 0.
     """
+    return _score(*bleu_counts(hypotheses, references), effective_order)
+
+
+def bleu_counts(hypotheses: Sequence[Text], references: Sequence[Sequence[Text]]):
+    """What BLEU is made of: (n-grams also in a reference [4], n-grams [4], length of the hypotheses, length of the closest references)."""
     matched, total, length, wanted = np.zeros(4), np.zeros(4), 0, 0
     for h, refs in zip(hypotheses, references, strict=True):
         h, refs = _tokens(h), [_tokens(r) for r in refs]
@@ -43,7 +48,7 @@ def bleu(hypotheses: Sequence[Text], references: Sequence[Sequence[Text]], *, ef
                 most |= _ngrams(r, k + 1)
             matched[k] += (own & most).total()
             total[k] += own.total()
-    return _score(matched, total, length, wanted, effective_order)
+    return matched, total, length, wanted
 
 
 def self_bleu(texts: Sequence[Text]) -> float:

@@ -49,6 +49,13 @@ def cispo_loss(logp, old_logp, advantages, cap):
     return -jax.lax.stop_gradient(jnp.minimum(ratio(logp, old_logp), cap)) * advantages * logp
 
 
+def sapo_loss(logp, old_logp, advantages, tau_pos, tau_neg):
+    """-4/tau sigmoid(tau (r - 1)) A, tau_pos where A > 0 and tau_neg elsewhere (SAPO, 2511.20347): a soft clip. Its slope in r is A at
+    r = 1, whatever tau is, and fades as r leaves 1 on either side."""
+    tau = jnp.where(advantages > 0, tau_pos, tau_neg)
+    return -4 / tau * jax.nn.sigmoid(tau * (ratio(logp, old_logp) - 1)) * advantages
+
+
 def reinforce_loss(logp, old_logp, advantages):
     """-A log p (Williams 1992)."""
     return -advantages * logp
@@ -139,14 +146,28 @@ def stated(rows: Rows, out: LogProbs, kl: Callable | None) -> dict:
     return metrics if kl is None else metrics | {"kl": mean(kl(logp, rows.ref, logp if rows.old is None else rows.old))}
 
 
+def per_token(average: Callable) -> Callable:
+    """Objective.stats: what `average` divides by, for each token of the whole step. An entropy bonus is a mean over tokens whatever the
+    policy's loss is a mean over, so that its coefficient means the same everywhere, and this is what it is scaled by to share the
+    policy's sum (whose logits are then computed once)."""
+
+    def stats(params, frozen, aux, batch: GroupExperience):
+        mask = targets(batch.mask, batch.segments)
+        return {"per_token": (average(mask, batch.segments)[1], mask.sum())}
+
+    return stats
+
+
 def policy_gradient(
-    model: Model, equation: Callable, average: Callable, *, shares: Callable | None = None, beta: float = 0.0, kl: str = "k3", temperature: float = 1.0
+    model: Model, equation: Callable, average: Callable, *, shares: Callable | None = None, beta: float = 0.0, kl: str = "k3", entropy_coef: float = 0.0,
+    temperature: float = 1.0,
 ) -> Objective:  # fmt: skip
     """An objective from `equation(logp, old, advantages) -> f32[B,T]` and an `average`, on batches of `GroupExperience`.
 
     beta times an estimate of KL(policy || reference), a key of KL_LOSSES, is added to each token's loss; the gradient flows
-    through it. `shares(logp, old, advantages)` names what the metrics are to say of the tokens. Where the batch has no old
-    log-probs the policy is its own: the ratio is 1 and its gradient that of log p.
+    through it. entropy_coef times the mean entropy of a token is taken off the loss. `shares(logp, old, advantages)` names what
+    the metrics are to say of the tokens. Where the batch has no old log-probs the policy is its own: the ratio is 1 and its
+    gradient that of log p.
     """
     penalty = kl_loss(kl) if beta else None
 
@@ -155,24 +176,27 @@ def policy_gradient(
         weight, n = average(rows.mask, rows.segments)
 
         def token(logp, entropy, extra):
-            advantages, old, ref, weight = extra
+            advantages, old, ref, weight, bonus = extra
             old = jax.lax.stop_gradient(logp) if old is None else old
             out = equation(logp, old, advantages)
-            return weight * (out + beta * penalty(logp, ref, old) if beta else out)
+            out = weight * (out + beta * penalty(logp, ref, old) if beta else out)
+            return out if bonus is None else out - bonus * entropy
 
-        extra = (rows.advantages, rows.old, rows.ref if beta else None, weight)
-        total, out = token_loss(x, model.unembed(params["policy"]), batch.tokens, rows.mask, extra, token, temperature=temperature)
+        bonus = entropy_coef * stats["per_token"] * rows.mask if entropy_coef else None
+        extra = (rows.advantages, rows.old, rows.ref if beta else None, weight, bonus)
+        total, out = token_loss(x, model.unembed(params["policy"]), batch.tokens, rows.mask, extra, token, entropy=bool(entropy_coef), temperature=temperature)
         metrics = stated(rows, out, penalty)
         if shares is not None:
             said = shares(out.logp, out.logp if rows.old is None else rows.old, rows.advantages)
             metrics |= {k: jax.lax.stop_gradient(((rows.mask * v).sum(), rows.mask.sum())) for k, v in said.items()}
         return Loss({"policy": Term(total, n)}, metrics)
 
-    return Objective(loss)
+    return Objective(loss, stats=per_token(average) if entropy_coef else None)
 
 
 def answer_gradient(
-    model: Model, equation: Callable, average: Callable, *, shares: Callable | None = None, beta: float = 0.0, kl: str = "k3", temperature: float = 1.0
+    model: Model, equation: Callable, average: Callable, *, shares: Callable | None = None, beta: float = 0.0, kl: str = "k3", entropy_coef: float = 0.0,
+    temperature: float = 1.0,
 ) -> Objective:  # fmt: skip
     """As `policy_gradient`, for what sees whole answers: equation(logp, old, advantages, rows) -> f32[B,T], rows being `Rows`.
 
@@ -189,12 +213,15 @@ def answer_gradient(
         each = equation(out.logp, old, rows.advantages, rows)
         if beta:
             each = each + beta * penalty(out.logp, rows.ref, old)
+        total = jnp.where(rows.mask > 0, weight * each, 0.0).sum()
+        if entropy_coef:
+            total = total - entropy_coef * stats["per_token"] * (rows.mask * out.entropy).sum()
         metrics = stated(rows, out, penalty)
         if shares is not None:
             metrics |= jax.lax.stop_gradient(shares(out.logp, old, rows.advantages, rows))
-        return Loss({"policy": Term(jnp.where(rows.mask > 0, weight * each, 0.0).sum(), n)}, metrics)
+        return Loss({"policy": Term(total, n)}, metrics)
 
-    return Objective(loss)
+    return Objective(loss, stats=per_token(average) if entropy_coef else None)
 
 
 def in_policy(logp, advantages, rows: Rows, delta):
@@ -223,44 +250,55 @@ def _clipped(model, average, clip, clip_high, delta, off_policy, **more):
 
 def grpo(
     model: Model, *, clip: float = 0.2, clip_high: float | None = None, delta: float | None = None, off_policy: float | None = None,
-    beta: float = 0.04, kl: str = "k3", temperature: float = 1.0,
+    beta: float = 0.04, kl: str = "k3", entropy_coef: float = 0.0, temperature: float = 1.0,
 ) -> Objective:  # fmt: skip
     """Clipped ratios, a KL penalty in the loss, the mean over each answer and then over answers (TRL's loss_type "grpo").
 
     clip_high None: as clip. delta: `two_sided_loss`. off_policy: `in_policy`, at most so many nats per token. kl: of KL_LOSSES.
+    entropy_coef: of a bonus, `policy_gradient`.
     """
-    return _clipped(model, sequence_mean, clip, clip_high, delta, off_policy, beta=beta, kl=kl, temperature=temperature)
+    return _clipped(model, sequence_mean, clip, clip_high, delta, off_policy, beta=beta, kl=kl, entropy_coef=entropy_coef, temperature=temperature)
 
 
 def token_grpo(
     model: Model, *, clip: float = 0.2, clip_high: float | None = None, delta: float | None = None, off_policy: float | None = None,
-    beta: float = 0.0, kl: str = "k3", temperature: float = 1.0,
+    beta: float = 0.0, kl: str = "k3", entropy_coef: float = 0.0, temperature: float = 1.0,
 ) -> Objective:  # fmt: skip
     """GRPO whose mean is over the tokens of the step (TRL's "dapo" and, in one micro-batch, "bnpo")."""
-    return _clipped(model, token_mean, clip, clip_high, delta, off_policy, beta=beta, kl=kl, temperature=temperature)
+    return _clipped(model, token_mean, clip, clip_high, delta, off_policy, beta=beta, kl=kl, entropy_coef=entropy_coef, temperature=temperature)
 
 
 def dapo(
     model: Model, *, clip: float = 0.2, clip_high: float | None = 0.28, delta: float | None = None, off_policy: float | None = None,
-    beta: float = 0.0, kl: str = "k3", temperature: float = 1.0,
+    beta: float = 0.0, kl: str = "k3", entropy_coef: float = 0.0, temperature: float = 1.0,
 ) -> Objective:  # fmt: skip
     """`token_grpo` that clips higher above than below (2503.14476). Its other two parts are of the rollout: dynamic sampling
     (`rl.online.OnlineSource`) and what becomes of answers that are too long (`rl.experience.group_experience`)."""
-    return token_grpo(model, clip=clip, clip_high=clip_high, delta=delta, off_policy=off_policy, beta=beta, kl=kl, temperature=temperature)
+    return token_grpo(model, clip=clip, clip_high=clip_high, delta=delta, off_policy=off_policy, beta=beta, kl=kl, entropy_coef=entropy_coef, temperature=temperature)
 
 
 def dr_grpo(
     model: Model, *, clip: float = 0.2, clip_high: float | None = None, delta: float | None = None, off_policy: float | None = None,
-    beta: float = 0.0, kl: str = "k3", temperature: float = 1.0, max_new: int = 256,
+    beta: float = 0.0, kl: str = "k3", entropy_coef: float = 0.0, temperature: float = 1.0, max_new: int = 256,
 ) -> Objective:  # fmt: skip
     """GRPO divided by a constant, so that length is no way to a smaller loss; its advantages are centred, not scaled
     (`ops.advantage.centred_advantages`)."""
-    return _clipped(model, constant(max_new), clip, clip_high, delta, off_policy, beta=beta, kl=kl, temperature=temperature)
+    return _clipped(model, constant(max_new), clip, clip_high, delta, off_policy, beta=beta, kl=kl, entropy_coef=entropy_coef, temperature=temperature)
 
 
-def cispo(model: Model, *, cap: float = 5.0, beta: float = 0.0, kl: str = "k3", temperature: float = 1.0) -> Objective:
+def cispo(model: Model, *, cap: float = 5.0, beta: float = 0.0, kl: str = "k3", entropy_coef: float = 0.0, temperature: float = 1.0) -> Objective:
     """`cispo_loss`, the mean over the tokens of the step."""
-    return policy_gradient(model, lambda *x: cispo_loss(*x, cap), token_mean, shares=lambda *x: cispo_shares(*x, cap), beta=beta, kl=kl, temperature=temperature)
+    more = dict(beta=beta, kl=kl, entropy_coef=entropy_coef, temperature=temperature)
+    return policy_gradient(model, lambda *x: cispo_loss(*x, cap), token_mean, shares=lambda *x: cispo_shares(*x, cap), **more)
+
+
+def sapo(
+    model: Model, *, tau_pos: float = 1.0, tau_neg: float = 1.05, beta: float = 0.0, kl: str = "k3", entropy_coef: float = 0.0, temperature: float = 1.0,
+) -> Objective:  # fmt: skip
+    """`sapo_loss`, the mean over each answer and then over answers."""
+    if min(tau_pos, tau_neg) <= 0:
+        raise UserError(f"objective.tau_pos {tau_pos} and objective.tau_neg {tau_neg} must be above 0: they say how soon a ratio that leaves 1 is not followed")
+    return policy_gradient(model, lambda *x: sapo_loss(*x, tau_pos, tau_neg), sequence_mean, beta=beta, kl=kl, entropy_coef=entropy_coef, temperature=temperature)
 
 
 def remax(model: Model, *, temperature: float = 1.0) -> Objective:

@@ -70,13 +70,13 @@ def gae(rewards, values, mask, gamma: float = 1.0, lam: float = 0.95):
 # advantage is 0; so is that of a group whose rewards are all equal.
 
 
-def _moments(r, axis, keepdims=True):
+def _moments(r, axis):
     """(mean, unbiased standard deviation) over what is not NaN; the deviation of a single one is 0."""
     ok = ~jnp.isnan(r)
-    n = ok.sum(axis, keepdims=keepdims)
-    mean = jnp.where(ok, r, 0).sum(axis, keepdims=keepdims) / jnp.maximum(n, 1)
+    n = ok.sum(axis, keepdims=True)
+    mean = jnp.where(ok, r, 0).sum(axis, keepdims=True) / jnp.maximum(n, 1)
     square = jnp.where(ok, r - mean, 0) ** 2
-    return mean, jnp.sqrt(square.sum(axis, keepdims=keepdims) / jnp.maximum(n - 1, 1))
+    return mean, jnp.sqrt(square.sum(axis, keepdims=True) / jnp.maximum(n - 1, 1))
 
 
 def constant_groups(rewards, group: int):

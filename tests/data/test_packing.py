@@ -4,11 +4,13 @@ import time
 
 import numpy as np
 import pytest
+import recordings
 from hypothesis import given, settings, strategies as st
 
-from jaxalign.data.packing import Ragged, fill, pack
+from jaxalign.data.packing import Packing, Ragged, fill, pack
 from jaxalign.types import UserError
 
+SFT = recordings.load("sft.npz", "packed_*")
 lengths_ = st.lists(st.integers(0, 25), max_size=30)
 
 
@@ -43,6 +45,16 @@ def test_every_token_once(lengths, seq_len, strategy, split):
         assert batch.tokens[used].tolist() == want and len(packing) == -(-len(want) // seq_len)
     if strategy == "pad":
         assert batch.tokens[used].tolist() == want and (batch.segments <= 1).all()
+
+
+def test_positions_of_trl():
+    """Its collator's, of rows packed with given documents: they begin again with each."""
+    lengths, counts, want = SFT["packed_seq_lengths_flat"], SFT["packed_row_counts"], SFT["packed_position_ids_flat"]
+    rows = np.concatenate([[0], np.cumsum(counts)])
+    of_row = [int(lengths[a:b].sum()) for a, b in zip(rows, rows[1:])]
+    batch = fill(ragged(lengths.tolist()), Packing(max(of_row), np.arange(len(lengths)), 0 * lengths, lengths, rows), np.arange(len(counts)), pad_id=0)
+    assert np.concatenate([p[:n] for p, n in zip(batch.positions, of_row)]).tolist() == want.tolist()
+    assert [np.bincount(s)[1:].tolist() for s in batch.segments] == [lengths[a:b].tolist() for a, b in zip(rows, rows[1:])]
 
 
 def naive_best_fit(lengths, seq_len):

@@ -1,15 +1,14 @@
 """Distinct-n by hand; BLEU as sacrebleu recorded it; self-BLEU as BLEU against all others."""
 
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+import recordings
 
 from jaxalign.evals import diversity
 
-RECORDED = json.loads((Path(__file__).parents[1] / "vectors/text_metrics.json").read_text())
+RECORDED = recordings.load("text_metrics.json", "hypotheses", "references", "second_references", "sacrebleu_*")
 words = lambda texts: [re.findall(r"\w+|[^\w\s]", t) for t in texts]  # sacrebleu's 13a, on texts as plain as these
 HYPOTHESES, REFERENCES, SECOND = (words(RECORDED[k]) for k in ("hypotheses", "references", "second_references"))
 
@@ -22,10 +21,20 @@ def test_distinct():
 
 
 def test_bleu_as_recorded():
-    assert diversity.bleu(HYPOTHESES, [[r] for r in REFERENCES]) == pytest.approx(RECORDED["sacrebleu_corpus"]["score"], rel=1e-9)
+    assert diversity.bleu(HYPOTHESES, [[r] for r in REFERENCES]) == pytest.approx(RECORDED["sacrebleu_corpus/score"], rel=1e-9)
     assert diversity.bleu(HYPOTHESES, list(zip(REFERENCES, SECOND))) == pytest.approx(RECORDED["sacrebleu_corpus_two_refs"], rel=1e-9)
     each = [diversity.bleu([h], [[r]], effective_order=True) for h, r in zip(HYPOTHESES, REFERENCES)]
     np.testing.assert_allclose(each, RECORDED["sacrebleu_sentence"], rtol=1e-9)
+
+
+def test_what_bleu_is_made_of_as_recorded():
+    """Matches, n-grams and lengths; from them precisions and the penalty of brevity. Its words are those of `words`, its smoothing ours."""
+    corpus = lambda k: RECORDED[f"sacrebleu_corpus/{k}"]
+    matched, total, length, wanted = diversity.bleu_counts(HYPOTHESES, [[r] for r in REFERENCES])
+    assert (matched.tolist(), total.tolist(), length, wanted) == (corpus("counts"), corpus("totals"), corpus("sys_len"), corpus("ref_len"))
+    np.testing.assert_allclose(100 * matched / total, corpus("precisions"), rtol=1e-9)
+    np.testing.assert_allclose(min(1, np.exp(1 - wanted / length)), corpus("bp"), rtol=1e-9)
+    assert (corpus("tokenize"), corpus("smooth_method")) == ("13a", "exp")
 
 
 def test_bleu_at_its_ends():

@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 from jaxalign import shard, tree
 from jaxalign.models import FamilyModel, decoder, heads, hf
 from jaxalign.ops import kvcache, logprob, nn
 from jaxalign.types import UserError
 from safetensors.numpy import load_file, save_file
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "hf"
+VECTORS = recordings.VECTORS / "hf"
 FAMILIES = ["llama", "gpt2"]  # how they are spelled
 VECTORED = [*FAMILIES, "qwen2", "qwen3", "gemma2"]  # what they compute
+IO = {family: recordings.load(f"hf/{family}/io.npz") for family in VECTORED}
 NORM = {"llama": "model.norm.weight", "gpt2": "transformer.ln_f.weight"}
 LAYERS = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
 
@@ -36,7 +38,7 @@ def parity(request):
         x = model.hidden(params, tokens, segments, positions).x
         return x, logprob.logits(x, model.unembed(params))
 
-    return model, params, np.load(directory / "io.npz"), run
+    return model, params, IO[request.param], run
 
 
 # -- parity ---------------------------------------------------------------------------------------------------------

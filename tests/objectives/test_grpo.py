@@ -1,19 +1,18 @@
 """Policy gradients without a critic: losses, metrics and gradients as TRL 1.16 has them; averages against plain loops."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.objectives import answers, grpo
 from jaxalign.objectives.grpo import answer_gradient, constant, policy_gradient, sequence_mean, token_mean
+from jaxalign.ops.logprob import LogProbs, logprob
 from jaxalign.ops.masked import top_share
-from jaxalign.types import GroupExperience, UserError
+from jaxalign.types import GroupExperience, Loss, Objective, Term, UserError
 
-VECTORS = Path(__file__).parents[1] / "vectors"
-V, RLOO = np.load(VECTORS / "grpo_loss.npz"), np.load(VECTORS / "rloo_loss.npz")
+V, RLOO = recordings.load("grpo_loss.npz"), recordings.load("rloo_loss.npz")
 PARAMS = {"policy": {"logps": V["logps"]}}
 MAX, TOKENS = int(V["max_completion_length"]), float(V["mask"].sum())
 M = tiny.Replay()
@@ -31,6 +30,11 @@ def sparse(share=0.2):
     return lambda batch: batch._replace(advantages=batch.advantages * tiny.shifted(top_share(V["entropies"], V["mask"], share)))
 
 
+def gspo_by(average):
+    shares = lambda logp, old, advantages, rows: answers._answers_clipped(logp, advantages, rows, answers.answer_mean(logp - old, rows), 0.2, 0.2)
+    return answer_gradient(M, lambda *x: answers.gspo_loss(*x, 0.2, 0.2), average, shares=shares)
+
+
 TYPES = {"grpo": grpo.grpo, "dapo": grpo.token_grpo, "bnpo": grpo.token_grpo, "dr_grpo": lambda m, **k: grpo.dr_grpo(m, max_new=MAX, **k)}
 same = lambda batch: batch  # noqa: E731
 # what TRL recorded -> (our objective, what is done to the batch, our loss times this is theirs)
@@ -42,10 +46,13 @@ CASES |= {
     "gspo_grpo__eps0.0003_0.0004": (answers.gspo(M), same, 1.0),
     "gspo_grpo__eps0.2__beta0.04": (answers.gspo(M, clip=0.2, clip_high=None, beta=0.04), same, 1.0),
     # TRL's other averages of a ratio of answers are reductions that no name stands for here:
-    "gspo_dapo__eps0.2": (answer_gradient(M, lambda *x: answers.gspo_loss(*x, 0.2, 0.2), token_mean), same, 1.0),
-    "luspo_sequence__eps0.2": (answer_gradient(M, lambda *x: answers.gspo_loss(*x, 0.2, 0.2), grpo.sequence_sum), same, 1.0),
+    "gspo_dapo__eps0.2": (gspo_by(token_mean), same, 1.0),
+    "luspo_sequence__eps0.2": (gspo_by(grpo.sequence_sum), same, 1.0),
     "cispo__epshigh5.0": (grpo.cispo(M), same, 1.0),
     "cispo__epshigh1.2": (grpo.cispo(M, cap=1.2), same, 1.0),
+    "sapo__tau1.0_1.05": (grpo.sapo(M), same, 1.0),
+    "vespo": (answers.vespo(M), same, 1.0),
+    "dapo__eps0.2__entropy_coef0.01": (grpo.token_grpo(M, entropy_coef=0.01), same, 1.0),
     "dapo__eps0.2__top_entropy0.2": (grpo.token_grpo(M), sparse(), 1.0),
     "grpo__eps0.2__off_policy_mask0.1": (grpo.grpo(M, beta=0.0, off_policy=0.1), same, 1.0),
     "gmpo__eps0.4": (answers.gmpo(M), same, 1.0),
@@ -53,22 +60,30 @@ CASES |= {
     "grpo__eps0.2__grad_accum4": (grpo.grpo(M, beta=0.0), same, 1 / 4),
     "dapo__eps0.2__num_items100": (grpo.token_grpo(M), same, TOKENS / 100),
 }  # fmt: skip
-# Not ours: VESPO and SAPO (no such method here); an entropy bonus beside a policy gradient without a critic.
-LEFT_OUT = ("vespo", "sapo", "entropy_coef")
-RECORDED = [k.removeprefix("loss__") for k in V.files if k.startswith("loss__") and not any(x in k for x in LEFT_OUT)]
+RECORDED = [k.removeprefix("loss__") for k in V.files if k.startswith("loss__")]
+
+
+def recorded_entropies(x, u, tokens, mask, extra, f, *, entropy=False, temperature=1.0):
+    """`token_loss` of `tiny.Replay` whose entropies are the recorded ones: over two tokens the log-prob would say what they are."""
+    assert entropy
+    h = jnp.asarray(tiny.shifted(V["entropies"] * V["mask"]))
+    return jnp.where(mask > 0, f(x[..., 1], h, extra), 0.0).sum(), LogProbs(*jax.lax.stop_gradient((mask * x[..., 1], h, 0 * h)))
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_trl(name):
+def test_trl(name, monkeypatch):
+    if "entropy_coef" in name:
+        monkeypatch.setattr(grpo, "token_loss", recorded_entropies)
     objective, change, scale = CASES[name.removesuffix("__on_policy")]
     batch = change(recorded(name.endswith("__on_policy")))
     loss, m, grads = tiny.gradient(objective)(PARAMS, batch)
     np.testing.assert_allclose(scale * loss, V[f"loss__{name}"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scale * grads["policy"]["logps"], V[f"grad__{name}"], rtol=1e-4, atol=1e-6)
     metrics = {k.removeprefix(f"metric__{name}__"): V[k] for k in V.files if k.startswith(f"metric__{name}__") and k.count("__") == name.count("__") + 2}
-    if not name.startswith(("gspo_dapo", "luspo")) and "entropy" not in name:  # reductions without a name report nothing; TRL counts the clips of tokens whose advantage `sparse` made 0
-        for theirs, value in metrics.items():
-            np.testing.assert_allclose(m[theirs.replace("clip_ratio_", "clip_ratio/") if theirs.startswith("clip") else theirs], value, rtol=1e-5, atol=1e-7, err_msg=theirs)
+    # TRL counts the clips of tokens whose advantage `sparse` made 0 too.
+    said = tiny.gradient(objective)(PARAMS, recorded())[1] if metrics and change is not same else m
+    for theirs, value in metrics.items():
+        np.testing.assert_allclose(said[theirs.replace("clip_ratio_", "clip_ratio/") if theirs.startswith("clip") else theirs], value, rtol=1e-5, atol=1e-7, err_msg=theirs)
     gap = np.abs(V["logps"] - V["old_logps"])[V["mask"] > 0].mean()
     np.testing.assert_allclose(m["sampling/sampling_logp_difference/mean"], gap, rtol=1e-4)
     assert ("kl" in m) == ("beta" in name)
@@ -76,10 +91,39 @@ def test_trl(name):
         assert m["clip_ratio/region_mean"] == 0
 
 
-def test_every_recording_is_used():
+def test_every_recording_has_a_case():
     assert {n.removesuffix("__on_policy") for n in RECORDED} == set(CASES)
-    used = {k for k in V.files if k.split("__")[0] in ("loss", "grad", "metric") and any(x in k for x in LEFT_OUT)}
-    assert {k.split("__")[0] for k in V.files} == {"logps", "old_logps", "ref_logps", "mask", "entropies", "advantages", "max_completion_length", "loss", "grad", "metric", "high_entropy_mask", "off_policy_keep_mask"} and used
+
+
+@pytest.mark.parametrize("make", [grpo.grpo, answers.gmpo], ids=lambda f: f.__name__)
+def test_entropy_bonus(make):
+    """Whatever the policy's loss is a mean over, the bonus is the mean over the step's tokens: on a real model, in micro-batches of
+    unequal weight, by a second objective of the entropy alone."""
+    params, batch = {"policy": tiny.init(tiny.LLAMA)}, tiny.grouped(np.random.default_rng(0), 8, 10)
+
+    def entropy(params, frozen, aux, batch, key, stats):
+        rows, x = grpo.read(tiny.LLAMA, params, batch, 0.0)
+        out = logprob(x, tiny.LLAMA.unembed(params["policy"]), batch.tokens, rows.mask)
+        return Loss({"entropy": Term(out.entropy.sum(), rows.mask.sum())}, {})
+
+    (a, m, ga), (b, _, gb), (h, _, gh) = (tiny.gradient(o, n)(params, batch) for o, n in ((make(tiny.LLAMA, entropy_coef=0.3), 4), (make(tiny.LLAMA), 1), (Objective(entropy), 1)))
+    np.testing.assert_allclose(m["entropy"], h, rtol=1e-5)
+    np.testing.assert_allclose(a, b - 0.3 * h, rtol=1e-4, atol=1e-6)
+    assert tiny.far(ga, jax.tree.map(lambda x, y: x - 0.3 * y, gb, gh)) < 1e-3
+
+
+def test_soft_clips():
+    """SAPO: the slope in r is A at r = 1 for either tau, and fades on both sides. VESPO: weight 1 at W = 1, largest at k / lambda."""
+    slope = jax.vmap(jax.grad(lambda d, a: grpo.sapo_loss(d, 0.0, a, 1.0, 3.0)), (0, None))
+    for a, tau in ((2.0, 1.0), (-2.0, 3.0)):
+        got = slope(jnp.log(jnp.array([0.5, 1.0, 1.5])), a) / jnp.array([0.5, 1.0, 1.5])
+        p = 1 / (1 + np.exp(-tau * np.array([-0.5, 0, 0.5])))
+        np.testing.assert_allclose(got, -a * 4 * p * (1 - p), rtol=1e-4)
+    assert np.isfinite(slope(jnp.array([-300.0, 300.0]), -1.0)).all()
+    w = np.array([1e-30, 0.5, 2 / 3, 1.0, 1.5, 3.0, 1e30])
+    got = answers.vespo_weight(jnp.log(w), jnp.array([[1.0], [0.0], [-1.0]]), 2.0, 3.0, 3.0, 2.0)
+    np.testing.assert_allclose(got, [np.exp(2 * np.log(w) + 3 - 3 * w)] * 2 + [np.exp(3 * np.log(w) + 2 - 2 * w)], rtol=1e-4, atol=1e-30)
+    assert np.argmax(got, 1).tolist() == [2, 2, 4] and not np.any(got[:, -1])
 
 
 def test_masks_of_trl():
@@ -153,6 +197,10 @@ def test_what_is_refused():
         grpo.grpo(M, kl="k4")
     with pytest.raises(UserError, match="objective.delta 1.1"):
         grpo.dapo(M, delta=1.1)
+    with pytest.raises(UserError, match="objective.tau_pos 0"):
+        grpo.sapo(M, tau_pos=0.0)
+    with pytest.raises(UserError, match="lambda_neg 0"):
+        answers.vespo(M, lambda_neg=0.0)
     with pytest.raises(UserError, match="no reference"):
         tiny.gradient(grpo.grpo(M, beta=0.1))(PARAMS, recorded(ref_logp=None))
     a, b = (tiny.gradient(grpo.grpo(M, beta=0.0))(PARAMS, recorded(ref_logp=r))[0] for r in (None, recorded().ref_logp))
@@ -179,7 +227,7 @@ def test_averages_of_packed_rows():
     np.testing.assert_allclose(answers.answer_mean(x, rows)[0, [1, 5]], [1.5, 5.0])
 
 
-@pytest.mark.parametrize("make", [answers.gspo, answers.gmpo, answers.rloo, lambda m: grpo.grpo(m, off_policy=0.01)], ids=["gspo", "gmpo", "rloo", "off_policy"])
+@pytest.mark.parametrize("make", [answers.gspo, answers.gmpo, answers.vespo, answers.rloo, lambda m: grpo.grpo(m, off_policy=0.01)], ids=["gspo", "gmpo", "vespo", "rloo", "off_policy"])
 def test_a_real_model_and_any_split(make):
     """Gradients through `logprob` and not `token_loss`: whole, or in four pieces."""
     params, batch = {"policy": tiny.init(tiny.LLAMA)}, tiny.grouped(np.random.default_rng(0), 8, 10)

@@ -4,22 +4,22 @@ and with an encoder-decoder."""
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign import shard
 from jaxalign.models import decoder, heads, t5
 from jaxalign.objectives import ilql, offline
-from jaxalign.ops import nn
+from jaxalign.ops import nn, sampling
 from jaxalign.train import step
 from jaxalign.types import Trajectories, UserError
 
-V = np.load(Path(__file__).parents[1] / "vectors/ilql_trlx.npz")
+V = recordings.load("ilql_trlx.npz")
 CASES = {
     "trlx_default": {},
     "beta1_tau0.9_gamma1": dict(beta=1.0, tau=0.9, gamma=1.0),
@@ -85,9 +85,14 @@ def test_trlx(case):
         np.testing.assert_allclose(theirs, V[f"grad_{ours}__{case}"], rtol=1e-4, atol=1e-7)
 
 
-def test_every_recorded_number_is_looked_at():
+def test_every_recorded_case_is_here():
     names = {k.split("__")[1] for k in V.files if k.startswith("loss")}
     assert names == set(CASES)
+
+
+def test_the_largest_as_trlx_keeps_them():
+    """Its decoding leaves the five largest logits of a step, as the sampler's top_k does."""
+    np.testing.assert_array_equal(sampling.filter_logits(V["topk_in"], 5), V["topk5_out"])
 
 
 def test_targets_follow_as_trlx_s():

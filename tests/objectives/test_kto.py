@@ -1,15 +1,14 @@
 """Losses on labels: TRL's KTO and APO through the whole objective, and BCO in closed form."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.objectives import kto
 from jaxalign.types import Labelled, UserError
 
-KTO = np.load(Path(__file__).parents[1] / "vectors/kto.npz")
+KTO = recordings.load("kto.npz")
 CASES = sorted({k.removeprefix("loss__").split("__", 1)[1] for k in KTO.files if k.startswith("loss__")})
 BATCHES = ["mixed", "negative_kl", "all_desirable", "all_undesirable"]
 

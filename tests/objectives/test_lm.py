@@ -1,15 +1,14 @@
 """Cross entropy of `lm`: transformers' numbers, and packing."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.objectives import lm
 from jaxalign.types import Tokens
 
-SFT = np.load(Path(__file__).parents[1] / "vectors/sft.npz")
+SFT = recordings.load("sft.npz", "logits", "labels", "loss__mean", "grad__mean", "loss__num_items50", "loss__label_smoothing*")
 
 
 def sft_batch():

@@ -1,11 +1,11 @@
 """PPO's losses, statistics and gradients as TRL 0.11.4 has them, and the first minibatch."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.objectives import a2c, lm, ppo
 from jaxalign.ops.logprob import logprob
@@ -13,7 +13,7 @@ from jaxalign.ops.masked import masked_var
 from jaxalign.ops.nn import Unembed
 from jaxalign.types import Experience
 
-PPO = np.load(Path(__file__).parents[1] / "vectors/ppo.npz")
+PPO = recordings.load("ppo.npz", "logps", "old_logps", "mask", "values", "vpreds", "logits", "advantages_whitened__gamma1_lam0.95", "returns__gamma1_lam0.95", "loss_*", "grad_*", "stat__*")
 PARAMS = {"policy": {"logps": PPO["logps"], "values": PPO["vpreds"]}, "value": tiny.VALUE_HEAD}
 
 
@@ -46,21 +46,19 @@ def test_trl(clip, value_clip, coef):
     close(masked_var(PPO["returns__gamma1_lam0.95"], mask), f"stat__{name}__returns_var")
 
 
-def test_every_recording_is_used():
-    """Here, in tests/rl/test_experience.py and in tests/ops/test_masked_advantage.py. The statistics of a skipped minibatch are those of
-    the others, recorded a second time."""
-    known = ("logps", "old_logps", "ref_logps", "mask", "scores", "values", "vpreds", "logits", "rewards", "kl_tokens", "full_policy_logps", "full_ref_logps", "advantages_whitened", "advantages_raw",
-             "returns", "loss_policy", "loss_value_times_vf_coef", "grad_logps", "grad_vpreds", "stat", "adaptive_kl")  # fmt: skip
-    assert {k.split("__")[0] for k in PPO.files} == set(known)
-    for k in PPO.files:
-        if k.startswith("stat__ratio_threshold_skip"):
-            np.testing.assert_array_equal(PPO[k], PPO[k.replace("ratio_threshold_skip", "clip0.2_vclip0.2_vf0.1")])
-
-
 def test_trl_entropy():
     mask = PPO["mask"]
     out = jax.jit(lambda z: logprob(z, Unembed(np.eye(23, dtype=np.float32)), np.zeros((5, 8), np.int32), mask))(PPO["logits"])
-    np.testing.assert_allclose(out.entropy.sum() / mask.sum(), PPO["stat__clip0.2_vclip0.2_vf0.1__policy_entropy"], rtol=1e-5)
+    for name in ("clip0.2_vclip0.2_vf0.1", "clip0.1_vclip0.5_vf1.0", "ratio_threshold_skip"):
+        np.testing.assert_allclose(out.entropy.sum() / mask.sum(), PPO[f"stat__{name}__policy_entropy"], rtol=1e-5)
+
+
+def test_the_statistics_of_a_skipped_minibatch():
+    """They are those of one that is not, recorded a second time."""
+    skipped = [k for k in PPO.files if k.startswith("stat__ratio_threshold_skip")]
+    assert len(skipped) == 10
+    for k in skipped:
+        np.testing.assert_array_equal(PPO[k], PPO[k.replace("ratio_threshold_skip", "clip0.2_vclip0.2_vf0.1")])
 
 
 def test_the_ratio_threshold():
@@ -75,7 +73,11 @@ def test_the_ratio_threshold():
         np.testing.assert_allclose(stats["policy/approxkl_avg"], PPO["stat__ratio_threshold_skip__policy_approxkl"], rtol=1e-5)
         flat = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
         assert np.isfinite(flat).all() and (not flat.any()) == bool(dropped)
-    assert PPO["loss_policy__ratio_threshold_skip"] == 0 and not PPO["grad_logps__ratio_threshold_skip"].any()
+        name = "ratio_threshold_skip" if dropped else "clip0.2_vclip0.2_vf0.1"
+        for got, key in ((stats["loss/policy"], "loss_policy"), (stats["loss/value"], "loss_value_times_vf_coef")):
+            np.testing.assert_allclose(got, PPO[f"{key}__{name}"], rtol=1e-5)
+        for got, key in ((grads["policy"]["logps"], "grad_logps"), (grads["policy"]["values"], "grad_vpreds")):
+            np.testing.assert_allclose(got, PPO[f"{key}__{name}"], rtol=1e-4, atol=1e-6)
 
 
 def test_a_ratio_beyond_all_bounds_is_dropped_too():

@@ -1,11 +1,11 @@
 """DPO and its relatives: TRL's values, per-pair values, gradients and metrics, through the whole objective."""
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign import methods
 from jaxalign.objectives import dpo_variants, kto, preference, ranked
@@ -13,8 +13,7 @@ from jaxalign.ops.logprob import LogProbs
 from jaxalign.rl.reference import add_reference
 from jaxalign.types import Labelled, Pairs, Rankings
 
-VECTORS = Path(__file__).parents[1] / "vectors"
-DPO, SMOOTH = np.load(VECTORS / "dpo.npz"), np.load(VECTORS / "dpo_label_smoothing.npz")
+DPO, SMOOTH = recordings.load("dpo.npz"), recordings.load("dpo_label_smoothing.npz")
 CASES = [k.removeprefix("loss__") for k in DPO.files if k.startswith("loss__")]
 REPLAY = tiny.Replay()
 DIVERGENCES = {"forward_kl": preference.forward_kl, "js_divergence": preference.js_divergence}
@@ -89,9 +88,17 @@ def test_trl(case, monkeypatch):
             alone = batch._replace(chosen=batch.chosen._replace(mask=batch.chosen.mask * only), rejected=batch.rejected._replace(mask=batch.rejected.mask * only))
             np.testing.assert_allclose(run(params, alone)[0][0], want, rtol=1e-5, atol=1e-5)
     if case == "sigmoid__beta0.1":
-        for k in [k for k in DPO.files if k.startswith("metric__") and k != "metric__beta0.1__entropy"]:  # entropy: that of another vocabulary
+        for k in [k for k in DPO.files if k.startswith("metric__") and k != "metric__beta0.1__entropy"]:  # the next test's
             total, weight = metrics[k.removeprefix("metric__beta0.1__").replace("_", "/", 1)]
             np.testing.assert_allclose(total / weight, DPO[k], rtol=1e-4, atol=1e-6)
+
+
+def test_trl_entropy(monkeypatch):
+    """The mean over the tokens of both sides, of entropies that are not those of the two tokens of `tiny.Replay`."""
+    replayed = lambda x, u, tokens, mask: read_off(x, u, tokens, mask)._replace(entropy=mask * tiny.shifted(DPO["entropy"])[np.asarray(tokens)[:, 0]])
+    monkeypatch.setattr(preference, "logprob", replayed)
+    total, weight = preference.dpo(REPLAY, beta=0.1).loss({"logps": DPO["policy_logps"]}, {}, (), trl_pairs(), None, {}).metrics["entropy"]
+    np.testing.assert_allclose(total / weight, DPO["metric__beta0.1__entropy"], rtol=1e-5)
 
 
 def test_trl_0_11():

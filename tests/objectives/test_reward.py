@@ -1,15 +1,14 @@
 """Reward losses: TRL's Bradley-Terry, K-rankings against a loop over pairs."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.objectives import reward
 from jaxalign.types import Labelled, Pairs, Rankings, Steps
 
-VECTORS = np.load(Path(__file__).parents[1] / "vectors/reward.npz")
+VECTORS = recordings.load("reward.npz")
 
 
 @pytest.mark.parametrize("name, centre", [("bt", 0.0), ("bt_margin", 0.0), ("bt_center0.01", 0.01), ("bt_margin_center0.05", 0.05)])

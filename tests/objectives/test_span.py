@@ -1,18 +1,17 @@
 """Span corruption put together again, its shares and its draws; NEFTune's noise; DFT as TRL has it."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.models import t5
 from jaxalign.objectives import lm, span
 from jaxalign.ops import nn
 from jaxalign.types import Tokens, UserError
 
-SFT = np.load(Path(__file__).parents[1] / "vectors/sft.npz")
+SFT = recordings.load("sft.npz", "per_token_logps", "shift_mask", "*_from_logps")
 EOS, START, SENTINEL = 1, 0, 99
 T5 = t5.model(vocab=100, dim=8, layers=1, heads=2, hidden=16, head_dim=4)
 HOW = dict(sentinel=SENTINEL, eos=EOS, start=START, rate=0.15, length=3.0)

@@ -1,17 +1,16 @@
 """The trust region: its loss by a plain loop, what its estimate of the KL is an estimate of, and how the multiplier moves."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.objectives import trpo
 from jaxalign.train import step
 from jaxalign.types import Experience, UserError
 
-PPO = np.load(Path(__file__).parents[1] / "vectors/ppo.npz")
+PPO = recordings.load("ppo.npz", "logps", "old_logps", "mask", "values", "vpreds", "advantages_whitened__gamma1_lam0.95", "returns__gamma1_lam0.95")
 PARAMS = {"policy": {"logps": PPO["logps"], "values": PPO["vpreds"]}, "value": tiny.VALUE_HEAD}
 FIELDS = {"logp": "old_logps", "values": "values", "advantages": "advantages_whitened__gamma1_lam0.95", "returns": "returns__gamma1_lam0.95"}
 

@@ -1,18 +1,19 @@
 """Chunked log-probs and cross entropy: against TRL's and transformers' numbers, against plain autodiff in float64."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign import shard
 from jaxalign.ops import logprob as lp
 from jaxalign.ops.nn import Unembed
 
-VECTORS = Path(__file__).parents[1] / "vectors"
+TRL = recordings.load("logprobs.npz", "logits", "index", "labels", "logps*", "entropy", "batch_*", "extreme_*")
+SFT = recordings.load("sft.npz", "logits", "labels", "loss__mean", "grad__mean", "loss__num_items50", "loss__label_smoothing*")
 
 
 def identity(V):
@@ -24,7 +25,7 @@ def identity(V):
 
 
 def test_logps_and_entropy_of_trl():
-    z = np.load(VECTORS / "logprobs.npz")
+    z = TRL
     logits, index = z["logits"], z["index"].astype(np.int32)
     run = jax.jit(lambda x, t, temperature: lp.logprob(x, identity(x.shape[-1]), t, jnp.ones(t.shape), temperature=temperature, chunk=4 * 37 * 2))
     out = run(logits, index, 1.0)
@@ -34,7 +35,7 @@ def test_logps_and_entropy_of_trl():
 
 
 def test_extreme_logits():
-    z = np.load(VECTORS / "logprobs.npz")
+    z = TRL
     out = jax.jit(lambda x, t: lp.logprob(x, identity(3), t, jnp.ones(t.shape)))(z["extreme_logits"], z["extreme_index"].astype(np.int32))
     # At logits of -10000 one ulp of float32 is 1e-3, in TRL as here.
     np.testing.assert_allclose(out.logp, z["extreme_logps"], atol=1e-4)
@@ -43,7 +44,7 @@ def test_extreme_logits():
 
 def test_sequence_logps_of_trl():
     """labels are not shifted there: `before` and `targets` must do what their internal shift does."""
-    z = np.load(VECTORS / "logprobs.npz")
+    z = TRL
     labels = z["labels"].astype(np.int32)
 
     @jax.jit
@@ -59,7 +60,7 @@ def test_sequence_logps_of_trl():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.2])
 def test_cross_entropy_of_transformers(smoothing):
-    z = np.load(VECTORS / "sft.npz")
+    z = SFT
     labels, ones = z["labels"].astype(np.int32), np.ones(z["labels"].shape, np.int32)
 
     def total(x):

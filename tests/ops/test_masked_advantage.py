@@ -1,15 +1,14 @@
 """Masked statistics, per-token rewards and advantages: against TRL 0.11.4 and against plain loops."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+import recordings
 from jaxalign.ops import advantage, masked
 
-VECTORS = Path(__file__).parents[1] / "vectors"
-GROUPS = np.load(VECTORS / "group_advantages.npz")
-STATS, PPO = np.load(VECTORS / "masked_stats.npz"), np.load(VECTORS / "ppo.npz")
+GROUPS = recordings.load("group_advantages.npz", "rewards_per_func*", "reward_weights", "group_size", "grpo_adv__*")
+STATS, NANSTD = recordings.load("masked_stats.npz", "x", "mask", "masked_*", "whiten*"), recordings.load("logprobs.npz", "nanstd_*")
+PPO = recordings.load("ppo.npz", "mask", "old_logps", "ref_logps", "scores", "values", "kl_tokens__*", "rewards__*", "full_*", "advantages_*", "returns_*")
 
 
 def close(got, want, mask=None):
@@ -75,17 +74,31 @@ def test_advantages_of_trl(gamma, lam, name):
         return adv, masked.masked_whiten(adv, mask), returns
 
     raw, white, returns = run(PPO["rewards__kl_coef0.15__kl"], PPO["values"])
-    where = mask
-    if "whiten" in name:
-        # There the padding, 0 before whitening, is not 0 after it and flows back into the last tokens (a fault: ours
-        # stays 0). Rows without padding are comparable; whitening mixes rows, so white is not.
-        where = mask * mask.all(1, keepdims=True)
-        assert where.any(1).sum() == 2
-    else:
-        close(white, PPO[f"advantages_whitened__{name}"], mask)
-    close(raw, PPO[f"advantages_raw__{name}"], where)
-    close(returns, PPO[f"returns__{name}"], where)
     assert not np.asarray(raw)[mask == 0].any() and not np.asarray(returns)[mask == 0].any()
+    if "whiten" in name:
+        # There the padding, a reward of 0, is whitened with the others and is then not 0, and it flows back into the last tokens of
+        # its row (a fault: ours stays 0). Rows without padding are not touched by it.
+        full = mask * mask.all(1, keepdims=True)
+        assert full.any(1).sum() == 2
+        close(raw, PPO[f"advantages_raw__{name}"], full)
+        close(returns, PPO[f"returns__{name}"], full)
+        # Their numbers in all rows are what comes of giving every place that reward: the same statistics, and no mask after them.
+        mean, var = (f(PPO["rewards__kl_coef0.15__kl"], mask) for f in (masked.masked_mean, masked.masked_var))
+        rewards = (PPO["rewards__kl_coef0.15__kl"] * mask - mean) / np.sqrt(var + 1e-8) + mean
+        raw, returns = advantage.gae(rewards, PPO["values"] * mask, np.ones_like(mask), gamma, lam)
+        white = masked.masked_whiten(raw, mask)
+    close(white, PPO[f"advantages_whitened__{name}"], mask)
+    close(raw, PPO[f"advantages_raw__{name}"], mask)
+    close(returns, PPO[f"returns__{name}"], mask)
+
+
+def test_spreads_of_trl():
+    """Over what is not NaN, unbiased. Of a single number theirs is NaN, and ours 0: it is a divisor."""
+    x, want = NANSTD["nanstd_in"], NANSTD["nanstd_dim1"]
+    got = advantage._moments(x, 1)[1][:, 0]
+    alone = (~np.isnan(x)).sum(1) == 1
+    np.testing.assert_array_equal(np.isnan(want), alone)
+    close(got, np.where(alone, 0.0, want))
 
 
 def test_gae_against_a_loop_over_gaps():

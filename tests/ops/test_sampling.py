@@ -1,16 +1,15 @@
 """Sampling draws from the distribution it says, and from nothing else."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxalign.ops import nn, sampling
 
-VECTORS = Path(__file__).parents[1] / "vectors"
+STATS = recordings.load("masked_stats.npz", "filter*")
 inverse_cdf = jax.jit(sampling.inverse_cdf)
 logs = lambda p: np.log(p, out=np.full(p.shape, -np.inf, np.float32), where=p > 0).T  # weights [B,V] -> what inverse_cdf reads, [V,B]
 KEYS = jax.jit(lambda n: jax.vmap(lambda i: nn.fold(jax.random.key(0), "test", i))(jnp.arange(n)), static_argnums=0)
@@ -84,9 +83,8 @@ def test_greedy():
 
 @pytest.mark.parametrize("name, k, p", [("top_k5", 5, 1.0), ("top_p0.8", 0, 0.8), ("top_k7_top_p0.6", 7, 0.6)])
 def test_filters_of_trl(name, k, p):
-    z = np.load(VECTORS / "masked_stats.npz")
-    got = jax.jit(lambda x: sampling.filter_logits(x, k, p))(z["filter_logits"])
-    np.testing.assert_array_equal(got, z[f"filtered__{name}"])
+    got = jax.jit(lambda x: sampling.filter_logits(x, k, p))(STATS["filter_logits"])
+    np.testing.assert_array_equal(got, STATS[f"filtered__{name}"])
 
 
 def test_filter_edges_and_ties():

@@ -1,12 +1,12 @@
 """KL controllers, scales of scores, the end of answers and of rollouts: what a rollout is bounded and shaped by."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign.rl import rewards
 from jaxalign.rl.control import KL, Moments, ScoreScale
@@ -15,7 +15,7 @@ from jaxalign.rl.experience import make_experience
 from jaxalign.rl.rollout import Sampling, ends, generate
 from jaxalign.types import Prompts, Rollout, UserError
 
-STATS = np.load(Path(__file__).parents[1] / "vectors/masked_stats.npz")
+STATS = recordings.load("masked_stats.npz", "running_*", "responses", "first_stop_index", "truncated_*")
 
 
 def test_running_moments_of_trl():

@@ -1,13 +1,13 @@
 """From a rollout to PPO's batch: TRL's numbers, the first minibatch, the source and its state."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign import shard
 from jaxalign.objectives import ppo
@@ -18,7 +18,8 @@ from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.types import Experience, Prompts, Rollout, UserError
 
-PPO = np.load(Path(__file__).parents[1] / "vectors/ppo.npz")
+PPO = recordings.load("ppo.npz", "mask", "old_logps", "ref_logps", "values", "scores", "kl_tokens__kl", "rewards__kl_coef0.15__kl", "adaptive_kl__*", "advantages_whitened__gamma1_lam0.95",
+                       "advantages_whitened__gamma0.99_lam0.9", "returns__gamma1_lam0.95", "returns__gamma0.99_lam0.9")  # fmt: skip
 MESH = shard.make_mesh({}, jax.devices()[:1])
 
 

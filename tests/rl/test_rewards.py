@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recordings
 import tiny
 from jaxalign import shard
 from jaxalign.ops import advantage
@@ -19,6 +20,7 @@ from jaxalign.rl.experience import make_experience
 from jaxalign.rl.functions import Limits
 from jaxalign.types import Prompts, Rollout, UserError
 
+GROUPS = recordings.load("group_advantages.npz", "group_size", "rewards_per_func*", "reward_weights", "grpo_adv__scale_group*")
 MESH = shard.make_mesh({}, jax.devices()[:1])
 B, T = 8, 10
 words = lambda ids: " ".join(map(str, ids))  # noqa: E731
@@ -198,12 +200,11 @@ def test_tokens_and_answers_add_up():
 
 def test_a_sum_in_trls_numbers():
     """Weighted rewards with gaps against `group_advantages.npz`: the sum that TRL's advantages come from."""
-    v = np.load(Path(__file__).parents[1] / "vectors/group_advantages.npz")
-    group = int(v["group_size"])
+    group = int(GROUPS["group_size"])
     for inputs, name in (("rewards_per_func", "grpo_adv__scale_group"), ("rewards_per_func_nan", "grpo_adv__scale_group__nan")):
-        total = rewards.weighted_sum([jnp.asarray(x) for x in v[inputs].T], v["reward_weights"].tolist())
+        total = rewards.weighted_sum([jnp.asarray(x) for x in GROUPS[inputs].T], GROUPS["reward_weights"].tolist())
         got = advantage.group_advantages(total, group)
-        np.testing.assert_allclose(got, v[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got, GROUPS[name], rtol=1e-4, atol=1e-5)
 
 
 def test_ppo_reads_scores_of_tokens_and_leaves_out_rows_without():
