@@ -4,7 +4,7 @@
     data/rankings_2.jsonl    the same with ranks, 0 the best (a labeller's; people's, see below)
     data/pairs_2.jsonl       disjoint pairs of these answers (DPO)
     data/best_2.jsonl        the best against the worst (iterative DPO, 2312.16682)
-    data/held_2.jsonl        answers to prompts that no round learns from, ranked the same way: what its reward model is judged on
+    data/held_2.jsonl        answers to prompts that are in no rankings_ file, ranked the same way: what its reward model is judged on
     data/kept_2_1.jsonl      the good ones as demonstrations (RAFT, ReST, RFT, STaR), a file for every quantile
 
 A file is made when a stage reads it and it is not there, and written under a temporary name first; so a pipeline may stop anywhere.
@@ -86,7 +86,8 @@ def note(w, config, c) -> None:
 
 def _samples(w, config, k: int, held: bool = False) -> list[dict]:
     """Records of round k with "completions": the answers of its policy that a person could judge. From the file, if it is there.
-    held: of the prompts that no round learns from, the last ones of the file."""
+    held: of the prompts that read like none of those that any round asks for its rankings, the last ones of the file. (Its policy, where
+    that is trained on prompts and not on labels, may have them all.)"""
     import jax
 
     from jaxalign import build
@@ -95,10 +96,11 @@ def _samples(w, config, k: int, held: bool = False) -> list[dict]:
     path, r = w.workdir / "data" / f"{'held_' if held else ''}samples_{k}.jsonl", config.rounds
     if not _there(path):
         every = [record for record, _ in rows.read(w.find(r.prompts))]
-        if held and r.count * (r.each + r.held_out) > len(every):
-            raise UserError(f"{r.prompts} has {len(every)} rows, and {r.count} rounds of {r.each} to learn from and {r.held_out} to judge by need {r.count * (r.each + r.held_out)}: lower rounds.each or rounds.held_out, or leave data.eval_path empty")
-        ask = [-1 - (k - 1) * r.held_out - i for i in range(r.held_out)] if held else [((k - 1) * r.each + i) % len(every) for i in range(r.each)]
-        records = [every[i] for i in ask]
+        asked = {build.shown(p) for p in every[: r.count * r.each]}  # a file may say the same twice
+        fresh = [p for p in reversed(every) if build.shown(p) not in asked]
+        if held and r.count * r.held_out > len(fresh):
+            raise UserError(f"{r.prompts}: {len(fresh)} of {len(every)} prompts are none that {r.count} rounds of {r.each} ask, and {r.held_out} to judge each of them by need {r.count * r.held_out}: lower rounds.each or rounds.held_out, or leave data.eval_path empty")
+        records = fresh[(k - 1) * r.held_out : k * r.held_out] if held else [every[((k - 1) * r.each + i) % len(every)] for i in range(r.each)]
         groups = _answers(w, config, k, records, jax.random.key(config.seed), "held" if held else "round")
         _save(w, path, [{**p, "completions": g} for p, g in zip(records, groups) if g], f"{build.policy_of(config, k)} answered nothing that could be read; train it longer")
         build.barrier(path.stem)
