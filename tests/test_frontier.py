@@ -10,6 +10,7 @@ import runs
 from absl import flags
 from jaxalign import build, report
 from jaxalign.cli import eval as verb
+from jaxalign.cli import frontier
 from jaxalign.cli import main as cli
 from jaxalign.evals import overoptimisation as forms
 from jaxalign.report.read import show
@@ -85,6 +86,14 @@ def test_stages_side_by_side_and_what_is_missing(tmp_path, capsys):
         said(capsys, f"--frontier={lone}")
     with pytest.raises(UserError, match="holds no metrics.jsonl"):
         said(capsys, f"--frontier={tmp_path}/nowhere")
+
+
+def test_stages_of_a_sweep_have_names_of_their_own(tmp_path):
+    for path in ("dpo/seed0/ppo", "kto/seed0/ppo", "kto/seed1/ppo", "kto/seed0/sft"):
+        write(tmp_path / path, [{"step": 1, "eval/kl": 1.0, "eval/gold": 1.0}])
+    named = ["dpo/seed0/ppo", "kto/seed0/ppo", "kto/seed1/ppo", "kto/seed0/sft"]
+    got = frontier.stages(named, str(tmp_path))
+    assert {name: str(p.relative_to(tmp_path)) for name, p in got.items()} == dict(zip(["dpo/seed0/ppo", "kto/seed0/ppo", "seed1/ppo", "sft"], named))
 
 
 def test_few_points_and_noise_are_no_turn(tmp_path, capsys):

@@ -57,8 +57,9 @@ def stages(named: list[str], workdir: str | None) -> dict[str, Path]:
             raise UserError(f"--frontier: {path} holds no metrics.jsonl; name a stage's directory, such as runs/quickstart/ppo, or that of a run")
         found += [path] if (path / "metrics.jsonl").exists() else [p for p in inside if measured(read_jsonl(p / "metrics.jsonl")).keys() & KINDS.keys()] or inside
     found = list(dict.fromkeys(p.absolute() for p in found))
-    short = [p.name for p in found]
-    return {p.name if short.count(p.name) == 1 else f"{p.parent.name}/{p.name}": p for p in found}
+    short = lambda p, n: "/".join(p.parts[-n:])
+    alone = lambda p: next(n for n in range(1, len(p.parts) + 1) if [short(q, n) for q in found].count(short(p, n)) == 1)
+    return {short(p, alone(p)): p for p in found}
 
 
 def asked(directory: Path, fv) -> np.ndarray:
