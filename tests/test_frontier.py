@@ -13,6 +13,7 @@ from jaxalign.cli import eval as verb
 from jaxalign.cli import frontier
 from jaxalign.cli import main as cli
 from jaxalign.evals import overoptimisation as forms
+from jaxalign.report.frontier import measured
 from jaxalign.report.read import show
 from jaxalign.types import UserError
 
@@ -94,6 +95,12 @@ def test_stages_of_a_sweep_have_names_of_their_own(tmp_path):
     named = ["dpo/seed0/ppo", "kto/seed0/ppo", "kto/seed1/ppo", "kto/seed0/sft"]
     got = frontier.stages(named, str(tmp_path))
     assert {name: str(p.relative_to(tmp_path)) for name, p in got.items()} == dict(zip(["dpo/seed0/ppo", "kto/seed0/ppo", "seed1/ppo", "sft"], named))
+
+
+def test_methods_without_a_critic_call_it_reward():
+    rows = [{"step": k, "objective/kl": 0.5 * k, "reward": 1.0 + k} for k in range(6)]
+    assert measured(rows)["scores"]["points"] == [[k, 0.5 * k, 1.0 + k] for k in range(6)]
+    assert "scores" not in measured([{"step": 1, "reward": 1.0}])  # GRPO, whose KL is in the loss
 
 
 def test_few_points_and_noise_are_no_turn(tmp_path, capsys):

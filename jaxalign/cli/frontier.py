@@ -1,7 +1,7 @@
 """`jaxalign eval --frontier=RUN/STAGE,...`: what policies earned against how far they went, where that turned over, and how it is drawn.
 
 Read from what a stage wrote while it trained: eval/kl with eval/gold, where the config had a world.watch, and objective/kl with
-objective/scores, the reward that an online stage was trained on. A stage with neither is asked anew, at each checkpoint that it kept.
+objective/scores (`reward`, where there is no critic), the reward that an online stage was trained on. A stage with neither is asked anew, at each checkpoint that it kept.
 """
 
 from __future__ import annotations
