@@ -108,6 +108,7 @@ def test_few_points_and_noise_are_no_turn(tmp_path, capsys):
     said(capsys, f"--frontier={write(tmp_path / 'few', rows)}")
     got = json.loads((tmp_path / "frontier.json").read_text())["few"]["gold"]
     assert "fit" not in got and "four different KLs" in got["no_fit"] and not got["turned"]
+    assert not any(forms.turn(np.arange(n), -np.arange(n)).turned for n in (1, 2, 3)) and forms.turn(np.arange(9), -np.arange(9)).turned
     noise = np.random.default_rng(0).standard_normal((500, 40))
     plateau = [forms.turn(np.arange(40.0), y).turned for y in 1 + 0.1 * noise]
     fell = [forms.turn(np.arange(40.0), y).turned for y in 0.1 * noise - np.linspace(-1, 1, 40) ** 2]
