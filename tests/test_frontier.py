@@ -136,3 +136,11 @@ def test_checkpoints_are_asked_where_a_run_wrote_nothing(tmp_path, capsys):
     said(capsys, f"--frontier={tmp_path / 'dpo'}", "--reward=runs:length_reward", f"--prompts={data / 'prompts.jsonl'}", "--samples=2", "--max_new=4")
     gold = json.loads((tmp_path / "frontier.json").read_text())["dpo"]["gold"]
     assert [p[0] for p in gold["points"]] == [0, 3, 6, 7] and gold["points"][0][1] < 1e-6 < gold["points"][-1][1]
+
+    # One that goes on from there, and whose reference is what that one started from.
+    more = runs.config("dpo", data, **{"init": str(tmp_path / "dpo"), "reference": str(data / "start"), "train.steps": 2, "train.save_every": 1, "train.keep": 3, "optim.lr": 1e-6})
+    s = build.make_stage(build.world(more, tmp_path / "more"), "dpo", more.stage, tmp_path / "more")
+    s.save(s.go())
+    said(capsys, f"--frontier={tmp_path / 'more'}", "--reward=runs:length_reward", f"--prompts={data / 'prompts.jsonl'}", "--samples=2", "--max_new=4")
+    asked = json.loads((tmp_path / "frontier.json").read_text())["more"]["gold"]
+    np.testing.assert_allclose([p[1] for p in asked["points"]], gold["points"][-1][1], rtol=0.6)  # by other samples
