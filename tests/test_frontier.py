@@ -133,8 +133,9 @@ def test_checkpoints_are_asked_where_a_run_wrote_nothing(tmp_path, capsys):
     s.save(s.go())
     with pytest.raises(UserError, match="name one with --reward"):
         said(capsys, f"--frontier={tmp_path / 'dpo'}")
-    said(capsys, f"--frontier={tmp_path / 'dpo'}", "--reward=runs:length_reward", f"--prompts={data / 'prompts.jsonl'}", "--samples=2", "--max_new=4")
+    text = said(capsys, f"--frontier={tmp_path / 'dpo'}", "--reward=runs:length_reward", f"--prompts={data / 'prompts.jsonl'}", "--samples=2", "--max_new=4")
     gold = json.loads((tmp_path / "frontier.json").read_text())["dpo"]["gold"]
+    assert "eval/gold" not in text and "no objective/kl with objective/scores" in text
     assert [p[0] for p in gold["points"]] == [0, 3, 6, 7] and gold["points"][0][1] < 1e-6 < gold["points"][-1][1]
 
     # One that goes on from there, and whose reference is what that one started from.
