@@ -137,7 +137,9 @@ def test_what_is_held_out_was_never_asked(data, tmp_path):
     with c.unlocked():
         c.rounds.held_out, c.rounds.labeller = 4, "people"
     w = build.world(c, tmp_path)
-    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data/rankings_1.jsonl").unlink()
+    with pytest.raises(UserError, match=r"to_rank_1\.jsonl holds \d prompts.* in .*/rankings_1\.jsonl\nround 1 .*to_rank_held_1\.jsonl holds \d prompts.* in .*/held_1\.jsonl\n.*\"ranks\""):
+        asked(c, w, "reward_1")  # both at one stop
     (tmp_path / "data/rankings_1.jsonl").write_text((tmp_path / "data/samples_1.jsonl").read_text().replace("}", ', "ranks": [0, 1, 2]}'))
     with pytest.raises(UserError, match=r"to_rank_held_1\.jsonl holds \d prompts(.|\n)*held_1\.jsonl"):
         asked(c, w, "reward_1")

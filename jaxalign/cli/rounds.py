@@ -8,7 +8,7 @@
     data/kept_2_1.jsonl      the good ones as demonstrations (RAFT, ReST, RFT, STaR), a file for every quantile
 
 A file is made when a stage reads it and it is not there, and written under a temporary name first; so a pipeline may stop anywhere.
-With `rounds.labeller` "people" it stops with the name of the file to fill, and goes on once that is there.
+With `rounds.labeller` "people" it stops with the names of the files to fill, all that the stage needs, and goes on once they are there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from jaxalign.cli import lineage
 from jaxalign.types import UserError
 
 FILE = re.compile(r"(rankings|held|pairs|best|kept)_(\d+)(?:_(\d+))?\.jsonl")
+
+
+class _Waits(UserError):
+    """For people's labels of one file."""
 
 
 def _files(config, c) -> list[tuple[str, str, int, int]]:
@@ -50,18 +54,27 @@ def write(w, world, config, c) -> None:
     """Makes what is missing of the files that a stage reads. All processes call it; one writes."""
     from jaxalign import build
 
+    waits: list[str] = []
     for path, kind, k, i in _files(config, c):
         if _there(w.workdir / path):
             continue
-        if kind in ("rankings", "held", "pairs"):
-            ranked = _rankings(w, world, config, k, kind == "held")
-            if kind == "pairs":
-                from jaxalign.cli.pipeline import disjoint_pairs
+        try:
+            if kind in ("rankings", "held", "pairs"):
+                ranked = _rankings(w, world, config, k, kind == "held")
+                if kind == "pairs":
+                    from jaxalign.cli.pipeline import disjoint_pairs
 
-                _save(w, path, disjoint_pairs(ranked, np.random.default_rng([config.seed, k, 2])), "no two answers differ in rank")
-        else:
-            _chosen(w, world, config, k, path, kind, i)
+                    _save(w, path, disjoint_pairs(ranked, np.random.default_rng([config.seed, k, 2])), "no two answers differ in rank")
+            else:
+                _chosen(w, world, config, k, path, kind, i)
+        except _Waits as e:  # people label all that a stage needs at one stop
+            waits.append(str(e))
+            continue
         build.barrier(f"round {k} {kind}")
+    if waits:
+        raise UserError(
+            "\n".join(waits) + '\nwrite their rows, each with its "ranks" (one number for each answer, 0 the best, equal numbers tie), leave out those that nobody can judge, and give the same command again'
+        )
 
 
 def note(w, config, c) -> None:
@@ -142,10 +155,7 @@ def _rankings(w, world, config, k: int, held: bool = False) -> list[dict]:
     bare = [{"prompt": s["prompt"], "completions": s["completions"]} for s in rankable]
     if who == "people":
         todo = _save(w, _asking(path), bare, "no prompt has two answers that differ")
-        raise UserError(
-            f'round {k} waits for labels: {todo} holds {len(bare)} prompts with their answers. Write them, each with its "ranks" (one number for each answer, 0 the best, equal numbers tie), '
-            f"to {path}, leave out those that nobody can judge, and give the same command again"
-        )
+        raise _Waits(f"round {k} waits for labels: {todo} holds {len(bare)} prompts with their answers, to be ranked in {path}")
     if not who:
         if world is None:
             raise UserError('rounds.labeller is empty and there is no world whose labellers would rank; set it to "people", to a function as package.module:function, or to a reward model')
