@@ -248,13 +248,6 @@ def answers_per_row(group: int, prompt: int, new: int, dim: int, rows: int, part
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("group", "max_new"))
 def answers(model: Model, params, reference, rollout: Rollout, scores, *, group: int, max_new: int):
     """(Tokens, metrics): the answers themselves, for losses that need no more of a rollout than what was said. Scores are logged."""
-    length = targets(rollout.mask, rollout.segments).sum(1)
-    metrics = {
-        "reward": jnp.nanmean(scores),
-        "reward_std": jnp.nanstd(scores),
-        "completions/mean_length": length.mean(),
-        "completions/min_length": length.min(),
-        "completions/max_length": length.max(),
-        "completions/clipped_ratio": rollout.truncated.mean(),
-    }
+    metrics = summary(scores, rollout, group)
+    del metrics["frac_reward_zero_std"]  # nothing here compares the answers to a prompt
     return Tokens(*rollout[:4]), {k: v.astype(jnp.float32) for k, v in metrics.items()}

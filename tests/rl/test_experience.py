@@ -13,7 +13,7 @@ from jaxalign import shard
 from jaxalign.objectives import ppo
 from jaxalign.rl import rewards
 from jaxalign.rl.control import KL
-from jaxalign.rl.experience import make_experience
+from jaxalign.rl.experience import answers, group_experience, make_experience
 from jaxalign.rl.online import OnlineSource
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.types import Experience, Prompts, Rollout, UserError
@@ -43,6 +43,17 @@ def test_trl(gamma, lam, name):
     np.testing.assert_allclose(m["objective/scores"], PPO["scores"].mean(), rtol=1e-5)
     np.testing.assert_allclose(m["objective/rlhf_reward"], (PPO["rewards__kl_coef0.15__kl"] * mask).sum(1).mean(), rtol=1e-4)
     assert m["logprob_gap"] < 1e-5
+
+
+def test_a_metric_is_one_number():
+    """`reward_std` of those that compare answers and of those that do not: TRL's, over all of them, unbiased."""
+    rows, r = tiny.rows(np.random.default_rng(0), 6, 10), np.arange(6, dtype=np.float32) ** 2
+    rollout = Rollout(*rows, np.zeros((6, 10), np.float32), np.arange(6, dtype=np.int32), np.int32(0), np.zeros(6, np.float32))
+    params = {"policy": tiny.init(tiny.LLAMA)}
+    _, of = answers(tiny.LLAMA, params, None, rollout, jnp.asarray(r), group=2, max_new=4)
+    _, other = group_experience(tiny.LLAMA, params, None, rollout, jnp.asarray(r), group=2, max_new=4)
+    np.testing.assert_allclose(of["reward_std"], r.std(ddof=1), rtol=1e-5)
+    assert of.items() <= other.items()
 
 
 def test_trl_adaptive_kl():
