@@ -213,7 +213,7 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
                 raise UserError(f"rl.group {c.rl.group}: {c.objective.name} compares one answer of the policy with one of the reference; set it to 1")
             if "group" in c.rl and c.rl.group < (2 if c.rl.get("baseline") == "group" else min(2, m.group)):
                 raise UserError(f"rl.group {c.rl.group}: an answer's advantage is what it has over the others of its group, so that must be 2 or more")
-            names = {"kl_estimator": KL_ESTIMATORS, "scale_rewards": {**GROUP_ADVANTAGES, **SEVERAL}, "old_logp": experience.OLD_LOGP[:2]}
+            names = {"kl_estimator": [*KL_ESTIMATORS, "full"], "scale_rewards": {**GROUP_ADVANTAGES, **SEVERAL}, "old_logp": experience.OLD_LOGP[:2]}
             names |= {"importance_form": experience.IMPORTANCE, "whiten_form": WHITEN, "scale_score": SCORE_SCALES, "baseline": reinforce.BASELINES}
             for k, known in names.items():
                 if k in c.rl and c.rl[k] not in known:

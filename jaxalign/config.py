@@ -280,7 +280,7 @@ def rounds(*order: str, **over: Any) -> dict[str, Any]:
         "policy": order[-1] if order else "",  # which stage of a round is its new policy
         "prompts": "data/prompts.jsonl",
         "each": 64,  # prompts of a round, the next ones of the file
-        "held_out": 32,  # prompts of a round, from the end of the file, whose answers are ranked for data/held_{round}.jsonl alone
+        "held_out": 32,  # prompts of a round, of the file's last that no round asks for rankings, whose answers are ranked for data/held_{round}.jsonl
         "candidates": 4,  # answers to each
         "sampling": {"max_new": 64, **fields(Sampling, skip=("stop", "pad"))},
         # Who says which answer is better: "" the world's labellers; "people", who write data/rankings_{round}.jsonl; a function

@@ -272,6 +272,23 @@ def agreed(n: int) -> int:
     return int(multihost_utils.process_allgather(np.array(n)).max())
 
 
+def attempt(f, *args):
+    """f(*args), or the exception that it ended in, for `settled`."""
+    try:
+        return f(*args)
+    except Exception as e:
+        return e
+
+
+def settled(said, who: str):
+    """What this process's own work said (`attempt`), once all have told each other that theirs went well: one that raised alone would leave
+    the others waiting for it. For the main thread, as `agreed`. who: begins the sentence of those that hear of another's error."""
+    failed = isinstance(said, Exception)
+    if agreed(int(failed)):
+        raise said if failed else UserError(f"{who} failed in another process, which says how")
+    return said
+
+
 def like(params: Tree, state: Tree, mesh: Mesh) -> Tree:
     """Shardings of an optimizer's state (arrays or shapes): what is named like a parameter lies like it, the rest is replicated.
 

@@ -168,7 +168,7 @@ def test_a_pipeline_on_files_of_ones_own(tmp_path):
         ("--config.stages.dpo.optim.lr=-1", r"dpo: .*lr"),
         ("--config.stages.dpo.optim.lr=nan", r"stages\.dpo\.optim\.lr must be finite"),
         ("--config.stages.ppo.rl.minibatches=0", r"ppo: data\.batch_size"),
-        ("--config.stages.ppo.rl.kl_estimator=k4", r"ppo: rl\.kl_estimator .k4. is unknown; .*abs, k1, k2, k3"),
+        ("--config.stages.ppo.rl.kl_estimator=k4", r"ppo: rl\.kl_estimator .k4. is unknown; .*abs, full, k1, k2, k3"),
         ("--config.stages.ppo.sampling.top_p=0", r"ppo: sampling needs .*top_p"),
     ],
 )

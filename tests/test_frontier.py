@@ -10,8 +10,10 @@ import runs
 from absl import flags
 from jaxalign import build, report
 from jaxalign.cli import eval as verb
+from jaxalign.cli import frontier
 from jaxalign.cli import main as cli
 from jaxalign.evals import overoptimisation as forms
+from jaxalign.report.frontier import measured
 from jaxalign.report.read import show
 from jaxalign.types import UserError
 
@@ -87,11 +89,26 @@ def test_stages_side_by_side_and_what_is_missing(tmp_path, capsys):
         said(capsys, f"--frontier={tmp_path}/nowhere")
 
 
+def test_stages_of_a_sweep_have_names_of_their_own(tmp_path):
+    for path in ("dpo/seed0/ppo", "kto/seed0/ppo", "kto/seed1/ppo", "kto/seed0/sft"):
+        write(tmp_path / path, [{"step": 1, "eval/kl": 1.0, "eval/gold": 1.0}])
+    named = ["dpo/seed0/ppo", "kto/seed0/ppo", "kto/seed1/ppo", "kto/seed0/sft"]
+    got = frontier.stages(named, str(tmp_path))
+    assert {name: str(p.relative_to(tmp_path)) for name, p in got.items()} == dict(zip(["dpo/seed0/ppo", "kto/seed0/ppo", "seed1/ppo", "sft"], named))
+
+
+def test_methods_without_a_critic_call_it_reward():
+    rows = [{"step": k, "objective/kl": 0.5 * k, "reward": 1.0 + k} for k in range(6)]
+    assert measured(rows)["scores"]["points"] == [[k, 0.5 * k, 1.0 + k] for k in range(6)]
+    assert "scores" not in measured([{"step": 1, "reward": 1.0}])  # GRPO, whose KL is in the loss
+
+
 def test_few_points_and_noise_are_no_turn(tmp_path, capsys):
     rows = [{"step": k, "eval/kl": float(k), "eval/gold": 1.0} for k in range(3)]
     said(capsys, f"--frontier={write(tmp_path / 'few', rows)}")
     got = json.loads((tmp_path / "frontier.json").read_text())["few"]["gold"]
     assert "fit" not in got and "four different KLs" in got["no_fit"] and not got["turned"]
+    assert not any(forms.turn(np.arange(n), -np.arange(n)).turned for n in (1, 2, 3)) and forms.turn(np.arange(9), -np.arange(9)).turned
     noise = np.random.default_rng(0).standard_normal((500, 40))
     plateau = [forms.turn(np.arange(40.0), y).turned for y in 1 + 0.1 * noise]
     fell = [forms.turn(np.arange(40.0), y).turned for y in 0.1 * noise - np.linspace(-1, 1, 40) ** 2]
@@ -116,6 +133,15 @@ def test_checkpoints_are_asked_where_a_run_wrote_nothing(tmp_path, capsys):
     s.save(s.go())
     with pytest.raises(UserError, match="name one with --reward"):
         said(capsys, f"--frontier={tmp_path / 'dpo'}")
-    said(capsys, f"--frontier={tmp_path / 'dpo'}", "--reward=runs:length_reward", f"--prompts={data / 'prompts.jsonl'}", "--samples=2", "--max_new=4")
+    text = said(capsys, f"--frontier={tmp_path / 'dpo'}", "--reward=runs:length_reward", f"--prompts={data / 'prompts.jsonl'}", "--samples=2", "--max_new=4")
     gold = json.loads((tmp_path / "frontier.json").read_text())["dpo"]["gold"]
+    assert "eval/gold" not in text and "no objective/kl with objective/scores" in text
     assert [p[0] for p in gold["points"]] == [0, 3, 6, 7] and gold["points"][0][1] < 1e-6 < gold["points"][-1][1]
+
+    # One that goes on from there, and whose reference is what that one started from.
+    more = runs.config("dpo", data, **{"init": str(tmp_path / "dpo"), "reference": str(data / "start"), "train.steps": 2, "train.save_every": 1, "train.keep": 3, "optim.lr": 1e-6})
+    s = build.make_stage(build.world(more, tmp_path / "more"), "dpo", more.stage, tmp_path / "more")
+    s.save(s.go())
+    said(capsys, f"--frontier={tmp_path / 'more'}", "--reward=runs:length_reward", f"--prompts={data / 'prompts.jsonl'}", "--samples=2", "--max_new=4")
+    asked = json.loads((tmp_path / "frontier.json").read_text())["more"]["gold"]
+    np.testing.assert_allclose([p[1] for p in asked["points"]], gold["points"][-1][1], rtol=0.6)  # by other samples

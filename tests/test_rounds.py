@@ -25,7 +25,10 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return runs.prepared(tmp_path_factory.mktemp("data"))
+    """No two prompts alike."""
+    data = runs.prepared(tmp_path_factory.mktemp("data"))
+    (data / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{word} {n}:"}) + "\n" for n, word in enumerate(["bread", "soup", "tea"] * 8)))
+    return data
 
 
 def taste(prompt, completion, record):
@@ -129,15 +132,27 @@ def asked(c, w, name):
 def test_what_is_held_out_was_never_asked(data, tmp_path):
     c = conf(data, "reward", start=str(data / "start"), held_out=5)  # of 24 prompts, 2 x 8 are learned from
     c.stages.reward.data.eval_path = "data/held_{round}.jsonl"
-    with pytest.raises(UserError, match=r"24 rows, and 2 rounds of 8 to learn from and 5 to judge by need 26"):
+    with pytest.raises(UserError, match=r"8 of 24 prompts are none that 2 rounds of 8 ask, and 5 to judge each of them by need 10"):
         asked(c, build.world(c, tmp_path), "reward_1")
     with c.unlocked():
         c.rounds.held_out, c.rounds.labeller = 4, "people"
     w = build.world(c, tmp_path)
-    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data/rankings_1.jsonl").unlink()
+    with pytest.raises(UserError, match=r"to_rank_1\.jsonl holds \d prompts.* in .*/rankings_1\.jsonl\nround 1 .*to_rank_held_1\.jsonl holds \d prompts.* in .*/held_1\.jsonl\n.*\"ranks\""):
+        asked(c, w, "reward_1")  # both at one stop
     (tmp_path / "data/rankings_1.jsonl").write_text((tmp_path / "data/samples_1.jsonl").read_text().replace("}", ', "ranks": [0, 1, 2]}'))
     with pytest.raises(UserError, match=r"to_rank_held_1\.jsonl holds \d prompts(.|\n)*held_1\.jsonl"):
         asked(c, w, "reward_1")
+
+
+def test_what_is_held_out_reads_like_nothing_that_is_ranked(data, tmp_path):
+    """A file whose last rows say again what the first ones ask."""
+    prompts = (data / "prompts.jsonl").read_text().splitlines()
+    (tmp_path / "twice.jsonl").write_text("\n".join(prompts + prompts[:12]) + "\n")
+    c = conf(data, "reward", start=str(data / "start"), prompts=str(tmp_path / "twice.jsonl"), held_out=4)
+    c.stages.reward.data.eval_path = "data/held_{round}.jsonl"
+    held = asked(c, build.world(c, tmp_path), "reward_1")("held_samples_1")
+    assert [r["prompt"] for r in held] == [json.loads(p)["prompt"] for p in prompts[:-5:-1]]
 
 
 def test_people_label(data, tmp_path):

@@ -1,7 +1,7 @@
 """`jaxalign eval --frontier=RUN/STAGE,...`: what policies earned against how far they went, where that turned over, and how it is drawn.
 
 Read from what a stage wrote while it trained: eval/kl with eval/gold, where the config had a world.watch, and objective/kl with
-objective/scores, the reward that an online stage was trained on. A stage with neither is asked anew, at each checkpoint that it kept.
+objective/scores (`reward`, where there is no critic), the reward that an online stage was trained on. A stage with neither is asked anew, at each checkpoint that it kept.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main(fv) -> None:
         if fv.reward or not any(k in got[name] for k in KINDS):
             try:
                 got[name]["gold"] = drawing.summary(asked(d, fv))
+                got[name]["missing"] = [m for m in got[name]["missing"] if "eval/gold" not in m]
             except UserError as e:
                 got[name]["missing"].append(str(e))
     if jax.process_index():
@@ -57,13 +58,15 @@ def stages(named: list[str], workdir: str | None) -> dict[str, Path]:
             raise UserError(f"--frontier: {path} holds no metrics.jsonl; name a stage's directory, such as runs/quickstart/ppo, or that of a run")
         found += [path] if (path / "metrics.jsonl").exists() else [p for p in inside if measured(read_jsonl(p / "metrics.jsonl")).keys() & KINDS.keys()] or inside
     found = list(dict.fromkeys(p.absolute() for p in found))
-    short = [p.name for p in found]
-    return {p.name if short.count(p.name) == 1 else f"{p.parent.name}/{p.name}": p for p in found}
+    short = lambda p, n: "/".join(p.parts[-n:])
+    alone = lambda p: next(n for n in range(1, len(p.parts) + 1) if [short(q, n) for q in found].count(short(p, n)) == 1)
+    return {short(p, alone(p)): p for p in found}
 
 
 def asked(directory: Path, fv) -> np.ndarray:
-    """f64[N,3], step, KL and reward: answers of the policy at each checkpoint that the stage kept, and at step 0 of the one it started from, to
-    the same prompts: those of --prompts, or the world's held-out ones. Their reward is --reward's, or the world's own."""
+    """f64[N,3], step, KL and reward: answers of the policy as it began, and at each checkpoint that the stage kept, to the same prompts: those
+    of --prompts, or the world's held-out ones. Their reward is --reward's, or the world's own; the KL is to the stage's reference, which it
+    need not have begun as."""
     import jax
 
     from jaxalign import build
@@ -76,8 +79,8 @@ def asked(directory: Path, fv) -> np.ndarray:
         raise UserError(f"{len(kept.steps())} checkpoints are kept, too few to ask the policy anew along its way; set train.save_every and train.keep")
     w, name, _ = build.opened(str(directory))
     c, world = build.ConfigDict(w.config.section), build.embedded(w.config)
-    start = (c.get("rl") or {}).get("reference") or c.get("reference") or c.init or w.config.model.path
-    if c.objective.name in build.REWARDS or not start:
+    origin = (c.get("rl") or {}).get("reference") or c.get("reference") or c.init or w.config.model.path
+    if c.objective.name in build.REWARDS or not origin:
         raise UserError("this stage trained no policy that started from another")
     if not fv.reward and world is None:
         raise UserError("the run has no world that knows a gold reward; name one with --reward=package.module:function, and --prompts=FILE")
@@ -85,17 +88,15 @@ def asked(directory: Path, fv) -> np.ndarray:
     records = [r for r, _ in rows.read(prompts) for _ in range(max(fv.samples, 1))]
     reward = build.imported(fv.reward) if fv.reward else None
     gold = world.gold_rewards if reward is None else lambda asked, said, records: np.array([reward(build.shown(r), t, r) for r, t in zip(records, said)], float)
-    reference = build.load_params(w, start, w.model.specs(), f"{name}, start")
+    reference = build.load_params(w, origin, w.model.specs(), f"{name}, reference")
     how = build.sampling(w, w.config.world.sampling if world is not None and not fv.reward else build.ConfigDict({"max_new": fv.max_new}))
     look = watch(w.model, how, build.prompt_rows(w, records, min(len(records), 256)), records, gold, w.decode, w.mesh, reference=reference)
     s = build.make_stage(w, name, c, directory)
     if s.model is not w.model and "rl" not in c:
         raise UserError(f"a policy of {c.objective.name} decodes with heads of its own; its checkpoints are not asked")
     begin, key = s.begin()[0], jax.random.key(w.config.seed)
-    points = [(0, look(reference, key, 0))]
-    for step in kept.steps():
-        at = kept.restore(step, state.abstract(begin), only="state")[0]
-        points.append((step, look(build.result(s.objective, c, at, s.base), key, step)))
+    states = ((step, kept.restore(step, state.abstract(begin), only="state")[0]) for step in kept.steps())
+    points = [(step, look(build.result(s.objective, c, at, s.base), key, step)) for step, at in ((0, begin), *states)]
     return np.array([(step, max(v["kl"], 0.0), v["gold"]) for step, v in points])
 
 

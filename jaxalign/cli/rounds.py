@@ -4,11 +4,11 @@
     data/rankings_2.jsonl    the same with ranks, 0 the best (a labeller's; people's, see below)
     data/pairs_2.jsonl       disjoint pairs of these answers (DPO)
     data/best_2.jsonl        the best against the worst (iterative DPO, 2312.16682)
-    data/held_2.jsonl        answers to prompts that no round learns from, ranked the same way: what its reward model is judged on
+    data/held_2.jsonl        answers to prompts that are in no rankings_ file, ranked the same way: what its reward model is judged on
     data/kept_2_1.jsonl      the good ones as demonstrations (RAFT, ReST, RFT, STaR), a file for every quantile
 
 A file is made when a stage reads it and it is not there, and written under a temporary name first; so a pipeline may stop anywhere.
-With `rounds.labeller` "people" it stops with the name of the file to fill, and goes on once that is there.
+With `rounds.labeller` "people" it stops with the names of the files to fill, all that the stage needs, and goes on once they are there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from jaxalign.cli import lineage
 from jaxalign.types import UserError
 
 FILE = re.compile(r"(rankings|held|pairs|best|kept)_(\d+)(?:_(\d+))?\.jsonl")
+
+
+class _Waits(UserError):
+    """For people's labels of one file."""
 
 
 def _files(config, c) -> list[tuple[str, str, int, int]]:
@@ -50,18 +54,27 @@ def write(w, world, config, c) -> None:
     """Makes what is missing of the files that a stage reads. All processes call it; one writes."""
     from jaxalign import build
 
+    waits: list[str] = []
     for path, kind, k, i in _files(config, c):
         if _there(w.workdir / path):
             continue
-        if kind in ("rankings", "held", "pairs"):
-            ranked = _rankings(w, world, config, k, kind == "held")
-            if kind == "pairs":
-                from jaxalign.cli.pipeline import disjoint_pairs
+        try:
+            if kind in ("rankings", "held", "pairs"):
+                ranked = _rankings(w, world, config, k, kind == "held")
+                if kind == "pairs":
+                    from jaxalign.cli.pipeline import disjoint_pairs
 
-                _save(w, path, disjoint_pairs(ranked, np.random.default_rng([config.seed, k, 2])), "no two answers differ in rank")
-        else:
-            _chosen(w, world, config, k, path, kind, i)
+                    _save(w, path, disjoint_pairs(ranked, np.random.default_rng([config.seed, k, 2])), "no two answers differ in rank")
+            else:
+                _chosen(w, world, config, k, path, kind, i)
+        except _Waits as e:  # people label all that a stage needs at one stop
+            waits.append(str(e))
+            continue
         build.barrier(f"round {k} {kind}")
+    if waits:
+        raise UserError(
+            "\n".join(waits) + '\nwrite their rows, each with its "ranks" (one number for each answer, 0 the best, equal numbers tie), leave out those that nobody can judge, and give the same command again'
+        )
 
 
 def note(w, config, c) -> None:
@@ -86,7 +99,8 @@ def note(w, config, c) -> None:
 
 def _samples(w, config, k: int, held: bool = False) -> list[dict]:
     """Records of round k with "completions": the answers of its policy that a person could judge. From the file, if it is there.
-    held: of the prompts that no round learns from, the last ones of the file."""
+    held: of the prompts that read like none of those that any round asks for its rankings, the last ones of the file. (Its policy, where
+    that is trained on prompts and not on labels, may have them all.)"""
     import jax
 
     from jaxalign import build
@@ -95,10 +109,11 @@ def _samples(w, config, k: int, held: bool = False) -> list[dict]:
     path, r = w.workdir / "data" / f"{'held_' if held else ''}samples_{k}.jsonl", config.rounds
     if not _there(path):
         every = [record for record, _ in rows.read(w.find(r.prompts))]
-        if held and r.count * (r.each + r.held_out) > len(every):
-            raise UserError(f"{r.prompts} has {len(every)} rows, and {r.count} rounds of {r.each} to learn from and {r.held_out} to judge by need {r.count * (r.each + r.held_out)}: lower rounds.each or rounds.held_out, or leave data.eval_path empty")
-        ask = [-1 - (k - 1) * r.held_out - i for i in range(r.held_out)] if held else [((k - 1) * r.each + i) % len(every) for i in range(r.each)]
-        records = [every[i] for i in ask]
+        asked = {build.shown(p) for p in every[: r.count * r.each]}  # a file may say the same twice
+        fresh = [p for p in reversed(every) if build.shown(p) not in asked]
+        if held and r.count * r.held_out > len(fresh):
+            raise UserError(f"{r.prompts}: {len(fresh)} of {len(every)} prompts are none that {r.count} rounds of {r.each} ask, and {r.held_out} to judge each of them by need {r.count * r.held_out}: lower rounds.each or rounds.held_out, or leave data.eval_path empty")
+        records = fresh[(k - 1) * r.held_out : k * r.held_out] if held else [every[((k - 1) * r.each + i) % len(every)] for i in range(r.each)]
         groups = _answers(w, config, k, records, jax.random.key(config.seed), "held" if held else "round")
         _save(w, path, [{**p, "completions": g} for p, g in zip(records, groups) if g], f"{build.policy_of(config, k)} answered nothing that could be read; train it longer")
         build.barrier(path.stem)
@@ -140,10 +155,7 @@ def _rankings(w, world, config, k: int, held: bool = False) -> list[dict]:
     bare = [{"prompt": s["prompt"], "completions": s["completions"]} for s in rankable]
     if who == "people":
         todo = _save(w, _asking(path), bare, "no prompt has two answers that differ")
-        raise UserError(
-            f'round {k} waits for labels: {todo} holds {len(bare)} prompts with their answers. Write them, each with its "ranks" (one number for each answer, 0 the best, equal numbers tie), '
-            f"to {path}, leave out those that nobody can judge, and give the same command again"
-        )
+        raise _Waits(f"round {k} waits for labels: {todo} holds {len(bare)} prompts with their answers, to be ranked in {path}")
     if not who:
         if world is None:
             raise UserError('rounds.labeller is empty and there is no world whose labellers would rank; set it to "people", to a function as package.module:function, or to a reward model')

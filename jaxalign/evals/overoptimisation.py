@@ -79,7 +79,7 @@ class Turn(NamedTuple):
     end_kl: float
     end_reward: float
     noise: float  # standard deviation of a single point around its neighbours
-    turned: bool  # it lost more by the end than three times the noise
+    turned: bool  # it lost more by the end than three times the noise, which fewer than four points do not show
 
 
 def turn(kl, reward) -> Turn:
@@ -89,7 +89,7 @@ def turn(kl, reward) -> Turn:
     at = int(soft.argmax())
     # A point less the mean of itself and both neighbours has 2/3 of a point's variance.
     noise = float(np.sqrt(np.mean((reward - soft)[1:-1] ** 2) * 1.5)) if len(soft) > 2 else 0.0
-    return Turn(at, float(kl[at]), float(soft[at]), float(kl[-1]), float(soft[-1]), noise, bool(soft[at] - soft[-1] > 3 * noise))
+    return Turn(at, float(kl[at]), float(soft[at]), float(kl[-1]), float(soft[-1]), noise, len(soft) > 3 and bool(soft[at] - soft[-1] > 3 * noise))
 
 
 def smooth(y) -> np.ndarray:

@@ -13,10 +13,10 @@ from jaxalign.report.charts import HEIGHT, LEFT, TOP, WIDTH, Frame
 from jaxalign.report.markup import Html, join, tag
 from jaxalign.report.read import number, show
 
-# what is measured -> (metric of the KL, of the reward, what the reward is, what a stage without them would have to do)
+# what is measured -> (metric of the KL, of the reward, by its first name or its other, what the reward is, what a stage without them would have to do)
 KINDS = {
-    "gold": ("eval/kl", "eval/gold", "Gold reward of held-out answers", "set world.watch and train.eval_every for a world's own reward while a stage trains"),
-    "scores": ("objective/kl", "objective/scores", "Reward that was trained on", "online stages that measure a KL write them, at the first update after each rollout"),
+    "gold": ("eval/kl", ("eval/gold",), "Gold reward of held-out answers", "set world.watch and train.eval_every for a world's own reward while a stage trains"),
+    "scores": ("objective/kl", ("objective/scores", "reward"), "Reward that was trained on", "online stages that measure a KL write them, at the first update after each rollout"),
 }  # fmt: skip
 POINTS = 50  # of a stage, at most: more rows are averaged, neighbours together
 KEYS = 150  # pixels to the right of an SVG of its own, for the stages' names
@@ -25,8 +25,9 @@ KEYS = 150  # pixels to the right of an SVG of its own, for the stages' names
 def measured(rows: list[dict]) -> dict:
     """Of each of `KINDS` that the metrics of a stage have: see `summary`; and "missing": a sentence for each that they lack."""
     out: dict = {"missing": []}
-    for kind, (kl, reward, _, remedy) in KINDS.items():
-        every = np.array([p for r in rows if None not in (p := tuple(number(r.get(k)) for k in ("step", kl, reward))) and all(math.isfinite(x) and abs(x) < 1e15 for x in p)]).reshape(-1, 3)
+    for kind, (kl, (reward, *other), _, remedy) in KINDS.items():
+        rewards = [next((r[k] for k in (reward, *other) if k in r), None) for r in rows]
+        every = np.array([p for r, earned in zip(rows, rewards) if None not in (p := tuple(map(number, (r.get("step"), r.get(kl), earned)))) and all(math.isfinite(x) and abs(x) < 1e15 for x in p)]).reshape(-1, 3)
         every = np.where(np.abs(every) > 1e-100, every, 0)  # what no axis could show
         if len(every):
             out[kind] = summary(every)

@@ -9,7 +9,7 @@ from typing import Callable
 import numpy as np
 
 from jaxalign import shard
-from jaxalign.rl.rewards import _where
+from jaxalign.rl.rewards import _halved
 from jaxalign.types import Prompts, Rollout, UserError
 
 SURE = 1e-6  # a judge that says 0 or 1 is taken to be this unsure: log-odds stay finite
@@ -24,7 +24,7 @@ def pairwise(judge: Callable[[str, str, str, dict], float], decode: Callable, me
     """
     name = getattr(judge, "__qualname__", repr(judge))
 
-    def scorer(rollout: Rollout, prompts: Prompts):
+    def asked(rollout: Rollout, prompts: Prompts):
         tokens, mask, segments, row = (shard.to_local(getattr(rollout, f)) for f in ("tokens", "mask", "segments", "row"))
         if len(row) % group:
             raise UserError(f"judge {name}: groups of {group} answers lie on several processes; make data.batch_size a multiple of their number")
@@ -51,6 +51,12 @@ def pairwise(judge: Callable[[str, str, str, dict], float], decode: Callable, me
                 odds = math.log(p / (1 - p)) / group
                 out[begin + first] += odds
                 out[begin + second] -= odds
-        return shard.place(out, mesh)
+        return out
 
-    return _where("host", scorer)
+    def call(rollout: Rollout, prompts: Prompts):
+        return shard.attempt(asked, rollout, prompts)
+
+    def finish(rollout: Rollout, said):
+        return shard.place(shard.settled(said, f"judge {name}"), mesh)
+
+    return _halved(call, finish)

@@ -178,7 +178,7 @@ class Play:
 
     def __call__(self, params, prompts: Prompts, key, version) -> tuple[Rollout, Scored]:
         salt = np.asarray(jax.random.key_data(key)).tolist()
-        rows = [self._begin(i, prompts, salt) for i in range(len(prompts.row))]
+        rows = self._all(lambda: [self._begin(i, prompts, salt) for i in range(len(prompts.row))])
         for turn in range(self.turns):
             live = [not c.over for c in rows]
             width = shard.agreed(max((len(c.ids) for c, on in zip(rows, live) if on), default=0))
@@ -197,6 +197,11 @@ class Play:
             raise UserError(f"environment {self.name}: it opens row {row} with {len(ids)} tokens, and with sampling.max_new {self.how.max_new} that is more than rl.context {self.context}; raise it")
         return _Conversation(environment, ids)
 
+    def _all(self, f: Callable) -> Any:
+        """f() on every process: where one's environments fail all stop."""
+        said = shard.attempt(f)
+        return shard.settled(said, f"environment {self.name}")
+
     def _ask(self, row: int, f: Callable, *args) -> Any:
         try:
             return within(self.seconds, self.name, f, *args)
@@ -214,10 +219,8 @@ class Play:
         prompts = Prompts(tokens, segments, np.where(segments > 0, np.arange(P, dtype=np.int32), 0), row)
         out = generate(self.model, self.how, policy, shard.place(prompts, self.mesh), key, version)
         tokens, mask, logp, cut = (shard.to_local(x) for x in (out.tokens, out.mask, out.logp, out.truncated))
-        for i, c in enumerate(rows):
-            if live[i]:
-                new = mask[i] > 0
-                self._answer(c, int(row[i]), tokens[i][new], logp[i][new], bool(cut[i]))
+        heard = [(c, int(row[i]), tokens[i][mask[i] > 0], logp[i][mask[i] > 0], bool(cut[i])) for i, c in enumerate(rows) if live[i]]
+        self._all(lambda: [self._answer(*x) for x in heard])
 
     def _answer(self, c: _Conversation, row: int, ids, logp, cut: bool) -> None:
         """One turn of the policy, and what the environment says to it."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign.objectives.ppo import states_and_values
 from jaxalign.ops import advantage, branches
-from jaxalign.ops.logprob import before, logprob, targets
+from jaxalign.ops.logprob import before, logits, logprob, targets
 from jaxalign.ops.masked import WHITEN, masked_mean, segment_sums, top_share
 from jaxalign.rl import rewards
 from jaxalign.types import Experience, GroupExperience, Model, Rollout, ScalarModel, Tokens, UserError
@@ -21,6 +21,18 @@ def token_logps(model: Model, params, rows, *, temperature=1.0):
     h = model.hidden(params, rows.tokens, rows.segments, rows.positions)
     mask = targets(rows.mask, rows.segments)
     return logprob(before(h.x, rows.segments), model.unembed(params), rows.tokens, mask, temperature=temperature)
+
+
+def kl_tokens(model: Model, policy, reference, rows, old, ref, kind: str, temperature=1.0):
+    """f32[B,T], what the KL penalty of each token is: an estimate on the one that was sampled (`advantage.kl_tokens`, of log-probs old and
+    ref f32[B,T]), or "full", KL(policy || reference) over the whole vocabulary, by the policy as it is now. One place of all rows at a time:
+    no [B,T,V]; the compiler runs the same two forwards once."""
+    if kind != "full":
+        return advantage.kl_tokens(old, ref, kind)
+    x, y = (before(model.hidden(p, rows.tokens, rows.segments, rows.positions).x, rows.segments).swapaxes(0, 1) for p in (policy, reference))
+    u, v = model.unembed(policy), model.unembed(reference)
+    logps = lambda x, u: jax.nn.log_softmax(logits(x[:, None], u, temperature)[:, 0])
+    return jax.lax.map(lambda at: advantage.full_kl(logps(at[0], u), logps(at[1], v)), (x, y)).T
 
 
 @functools.partial(
@@ -70,7 +82,7 @@ def make_experience(
     x, values = states_and_values(model, value, params, rollout)
     old = logprob(x, model.unembed(params["policy"]), rollout.tokens, mask, temperature=temperature)
     ref = token_logps(model, reference, rollout, temperature=temperature)
-    kl_t = advantage.kl_tokens(old.logp, ref.logp, kl_estimator)
+    kl_t = kl_tokens(model, params["policy"], reference, rollout, old.logp, ref.logp, kl_estimator, temperature)
     whole = dict(missing_eos_penalty=missing_eos_penalty, clip=clip_score)
     if scores.ndim == 1:
         r = advantage.token_rewards(rewards.adjust(scores, rollout.truncated, missing_eos_value=missing_eos_value, **whole) / divisor, kl_t, mask, beta)
@@ -219,7 +231,7 @@ def group_experience(
         score = score + advantage.overlong_penalty(length, max_new, overlong_buffer)
     metrics = summary(score, rollout, group)
     if beta:
-        kl = each(mask * advantage.kl_tokens(old, ref, kl_estimator))
+        kl = each(mask * kl_tokens(model, params["policy"], reference, rows, old, ref, kl_estimator, temperature))
         score, metrics["objective/kl"] = score - beta * kl, kl.sum() / jnp.maximum((length > 0).sum(), 1)
     if scale_rewards in advantage.SEVERAL:
         adv = spread(advantage.SEVERAL[scale_rewards](scores, group, reward_weights))
@@ -248,13 +260,6 @@ def answers_per_row(group: int, prompt: int, new: int, dim: int, rows: int, part
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("group", "max_new"))
 def answers(model: Model, params, reference, rollout: Rollout, scores, *, group: int, max_new: int):
     """(Tokens, metrics): the answers themselves, for losses that need no more of a rollout than what was said. Scores are logged."""
-    length = targets(rollout.mask, rollout.segments).sum(1)
-    metrics = {
-        "reward": jnp.nanmean(scores),
-        "reward_std": jnp.nanstd(scores),
-        "completions/mean_length": length.mean(),
-        "completions/min_length": length.min(),
-        "completions/max_length": length.max(),
-        "completions/clipped_ratio": rollout.truncated.mean(),
-    }
+    metrics = summary(scores, rollout, group)
+    del metrics["frac_reward_zero_std"]  # nothing here compares the answers to a prompt
     return Tokens(*rollout[:4]), {k: v.astype(jnp.float32) for k, v in metrics.items()}

@@ -11,12 +11,10 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.data.sources import Offline, eval_batches
-from jaxalign.types import Labelled, Model, Source, Tokens, Tree
+from jaxalign.types import Labelled, Model, Source, Tokens, Tree, UserError
 
 ENOUGH = 4096  # rows that the classifiers learn from, about: every k-th batch of the set
-# The set in eight pieces, by turns of one half and of the other: each half is weighed by what the other taught. A classifier of as many
-# dimensions as a model has tells the very rows apart that it has learned from, where there is nothing to tell.
-BLOCKS = 8
+BLOCKS = 8  # pieces of the rows of a kind, by turns of one half and of the other
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -28,6 +26,17 @@ def embeddings(model: Model, params: Tree, rows: Tokens) -> jax.Array:
     if getattr(model, "start", None) is not None:
         prompt = prompt * jnp.pad(rows.mask[:, 1:], ((0, 0), (0, 1)))
     return jnp.einsum("btd,bt->bd", x, prompt) / jnp.maximum(prompt.sum(1, keepdims=True), 1)
+
+
+def halves(good) -> np.ndarray:
+    """Which half each row is of, 0 or 1, of good bool[n]: each is weighed by what the other taught, for a classifier of as many dimensions as a
+    model has tells the very rows apart that it has learned from, where there is nothing to tell. Good rows and bad ones are cut each for
+    themselves, so that both halves have both in a file of any order; in pieces, so that the answers to a prompt mostly stay together."""
+    half = np.zeros(len(good), int)
+    for kind in (good, ~good):
+        n = int(kind.sum())
+        half[kind] = np.arange(n) * min(BLOCKS, n) // max(n, 1) % 2
+    return half
 
 
 class Weighted:
@@ -47,23 +56,27 @@ class Weighted:
         return self.source.next(state)._replace(weight=np.where(at < 0, 0, self.weights[at]).astype(np.float32))
 
     def _computed(self) -> np.ndarray:
-        rows, step = self.items.batch_size, max(1, self.items.size // ENOUGH)
+        step = max(1, self.items.size // ENOUGH)
 
-        def embedded(i: int, batch: Labelled):
-            """(embeddings, good, which half) of the rows of batch i."""
+        def embedded(batch: Labelled):
+            """(embeddings, good) of the rows of a batch."""
             batch = shard.place(batch, self.mesh)
             real = shard.to_host(batch.rows.segments.any(1))
-            half = (i * rows + np.arange(real.sum())) * BLOCKS // self.items.size % 2
-            return shard.to_host(embeddings(self.model, self.params, batch.rows))[real], shard.to_host(batch.label)[real] > 0, half
+            return shard.to_host(embeddings(self.model, self.params, batch.rows))[real], shard.to_host(batch.label)[real] > 0
 
         def ratio(x, half):
             return np.where(half == 0, *(f(x) for f in fits))
 
         with jax.set_mesh(self.mesh):
-            kept = {i: embedded(i, b) for i, b in enumerate(eval_batches(self.items)) if i % step == 0}
-            x, good, half = (np.concatenate(v) for v in zip(*kept.values()))
+            kept = {i: embedded(b) for i, b in enumerate(eval_batches(self.items)) if i % step == 0}
+            x, good = (np.concatenate(v) for v in zip(*kept.values()))
+            if not 2 <= good.sum() <= len(good) - 2:
+                raise UserError(f"of the {len(good)} labels {good.sum()} are good: matching the prompts of good and of bad answers needs two of each kind, and better many; take bco, or kto")
+            half = halves(good)
             fits = [self.fit(x[half != h], good[half != h]) for h in (0, 1)]
-            parts = [(ratio(x, h), g) for x, g, h in (kept.get(i) or embedded(i, b) for i, b in enumerate(eval_batches(self.items)))]
+            taught = dict(zip(kept, np.split(half, np.cumsum([len(g) for _, g in kept.values()])[:-1])))
+            each = ((i, *(kept.get(i) or embedded(b))) for i, b in enumerate(eval_batches(self.items)))
+            parts = [(ratio(x, taught.get(i, 0)), g) for i, x, g in each]  # rows that taught nothing: by either
         found, bad = np.concatenate([r for r, _ in parts]), ~np.concatenate([g for _, g in parts])
         self._events.append({"kind": "matched_prompts", "rows": len(good), "told_apart": float(((ratio(x, half) > 1) == good).mean()), "weight": float(found[bad].mean())})
         return np.where(bad, found, 1.0)

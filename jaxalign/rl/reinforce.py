@@ -13,7 +13,7 @@ from jaxalign.ops import advantage
 from jaxalign.ops.logprob import targets
 from jaxalign.ops.masked import population_whiten
 from jaxalign.rl import engine, rewards
-from jaxalign.rl.experience import importance, summary, token_logps
+from jaxalign.rl.experience import importance, kl_tokens, summary, token_logps
 from jaxalign.rl.rollout import Sampling
 from jaxalign.types import GroupExperience, Model, Prompts, Rollout, UserError
 
@@ -35,7 +35,7 @@ def _experience(model, params, reference, rollout, score, metrics, whiten, *, te
         metrics["logprob_gap"] = jnp.abs(jnp.where(mask > 0, old - rollout.logp, 0.0)).max()
     if beta:
         ref = token_logps(model, reference, rollout, temperature=temperature).logp
-        kl = mask * advantage.kl_tokens(old, ref, kl_estimator)
+        kl = mask * kl_tokens(model, params["policy"], reference, rollout, old, ref, kl_estimator, temperature)
         metrics["objective/kl"] = kl.sum() / jnp.maximum(mask.any(1).sum(), 1)
     r = advantage.token_rewards(jnp.nan_to_num(score), kl, ok, beta)
     adv = whiten(advantage.gae(r, jnp.zeros_like(r), ok, gamma, 1.0)[0], ok)

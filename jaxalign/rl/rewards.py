@@ -205,10 +205,7 @@ def python(fn: Callable | str, decode: Callable, mesh, *, name: str = "", limits
     events: list[dict] = []
 
     def call(rollout: Rollout, prompts: Prompts):
-        try:
-            return asked(rollout, prompts)
-        except UserError as e:
-            return e  # `finish` raises it, once the other processes know that they need not wait
+        return shard.attempt(asked, rollout, prompts)  # what it raises `finish` does, once the other processes know that they need not wait
 
     def asked(rollout: Rollout, prompts: Prompts) -> tuple:
         local = {f: shard.to_local(getattr(rollout, f)) for f in ("tokens", "mask", "segments", "row")}
@@ -235,11 +232,11 @@ def python(fn: Callable | str, decode: Callable, mesh, *, name: str = "", limits
                 failed[i], said[i] = 1, instead
         return said, failed
 
-    def finish(rollout: Rollout, answers: tuple | UserError):
+    def finish(rollout: Rollout, answers: tuple | Exception):
         # Where every row of a process failed, it is the others that know whether tokens are scored.
-        known = shard.agreed(2 if isinstance(answers, UserError) else int(any(isinstance(x, list) for x in answers[0])))
+        known = shard.agreed(2 if isinstance(answers, Exception) else int(any(isinstance(x, list) for x in answers[0])))
         if known == 2:
-            raise answers if isinstance(answers, UserError) else UserError(f"reward function {name} failed in another process, which says how")
+            raise answers if isinstance(answers, Exception) else UserError(f"reward function {name} failed in another process, which says how")
         (said, failed), tokens, masks = answers, known == 1, shard.to_local(rollout.mask)
         out = np.zeros(masks.shape if tokens else len(said), np.float32)
         for i, (value, mask) in enumerate(zip(said, masks)):

@@ -17,7 +17,7 @@ from jaxalign.data.templates import CHATML, HUMAN_ASSISTANT, PLAIN, encode_examp
 from jaxalign.data.tokenizers import Bytes
 from jaxalign.objectives import ppo
 from jaxalign.ops import nn
-from jaxalign.rl import environment
+from jaxalign.rl import comparisons, environment, rewards
 from jaxalign.rl.environment import Play
 from jaxalign.rl.experience import make_experience, token_logps
 from jaxalign.rl.online import OnlineSource
@@ -160,6 +160,26 @@ def test_environments_that_fail_are_named():
         play(environments.Broken)(policy(), prompts(), KEY, 0)
     with pytest.raises(UserError, match=r"Stuck did not end within 0.2 seconds in step for row"):
         play(environments.Stuck, seconds=0.2)(policy(), prompts(), KEY, 0)
+
+
+def test_one_process_that_fails_tells_the_others(monkeypatch):
+    """Rewards, judges and environments: an error of any kind is told before it is raised, and is raised where it is heard of."""
+    heard, decode = [], lambda ids: str(len(ids))
+    no = lambda *_: 1 / 0
+    x, _ = play()(policy(), prompts(), KEY, 7)
+    score = lambda fn, decode=decode: rewards.python(fn, decode, MESH)(x, prompts())
+    duel = lambda judge, decode=decode: comparisons.pairwise(judge, decode, MESH, 2)(x, prompts())
+    talk = lambda make: play(make)(policy(), prompts(), KEY, 7)
+    fair = lambda prompt, *said: 0.5
+    monkeypatch.setattr(shard, "agreed", lambda n: heard.append(n) or n)
+    for f, *args in ((score, no), (score, fair, no), (duel, no), (duel, fair, no), (talk, environments.Broken), (talk, no)):
+        with pytest.raises((UserError, ZeroDivisionError)):
+            f(*args)
+        assert heard[-1] == (2 if f is score else 1), (f, args)  # 1 of a reward function: it scores tokens
+    monkeypatch.setattr(shard, "agreed", lambda n: 2)
+    for f, fine in ((score, fair), (duel, fair), (talk, environments.Counting)):
+        with pytest.raises(UserError, match="failed in another process"):
+            f(fine)
 
 
 # -- what is said, as templates write it ------------------------------------------------------------------------------

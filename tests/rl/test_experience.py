@@ -13,8 +13,9 @@ from jaxalign import shard
 from jaxalign.objectives import ppo
 from jaxalign.rl import rewards
 from jaxalign.rl.control import KL
-from jaxalign.rl.experience import make_experience
+from jaxalign.rl.experience import answers, group_experience, kl_tokens, make_experience
 from jaxalign.rl.online import OnlineSource
+from jaxalign.rl.reinforce import reinforce_experience
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.types import Experience, Prompts, Rollout, UserError
 
@@ -44,6 +45,36 @@ def test_trl(gamma, lam, name):
     np.testing.assert_allclose(m["objective/scores"], PPO["scores"].mean(), rtol=1e-5)
     np.testing.assert_allclose(m["objective/rlhf_reward"], (PPO["rewards__kl_coef0.15__kl"] * mask).sum(1).mean(), rtol=1e-4)
     assert m["logprob_gap"] < 1e-5
+
+
+def test_the_whole_kl_of_trl():
+    """rl.kl_estimator full: TRL's kl_penalty of that name, token by token, and what PPO and RLOO take off for it."""
+    mask, rows = PPO["mask"], tiny.replay_rows(PPO["mask"])
+    rows = rows._replace(tokens=np.zeros_like(rows.tokens))
+    model = tiny.ReplayLogits(PPO["full_policy_logps"].shape[-1])
+    own, ref = ({"logits": jnp.pad(PPO[f"full_{who}_logps"], ((0, 0), (0, 1), (0, 0)))} for who in ("policy", "ref"))
+    got = kl_tokens(model, own, ref, rows, None, None, "full")
+    np.testing.assert_allclose(np.asarray(got)[:, 1:] * mask, PPO["kl_tokens__full"] * mask, rtol=1e-4, atol=1e-6)
+    want = (PPO["kl_tokens__full"] * mask).sum(1).mean()
+    rollout = Rollout(*rows, np.zeros(rows.mask.shape, np.float32), np.arange(5), np.int32(0), np.zeros(5, np.float32))
+    params = {"policy": own, "value": {"weight": jnp.zeros(model.vocab), "bias": jnp.zeros(())}}
+    scores = np.arange(5, dtype=np.float32)
+    _, m = make_experience(model, None, params, ref, rollout, scores, 0.15, kl_estimator="full")
+    np.testing.assert_allclose(m["objective/non_score_reward"], -0.15 * want, rtol=1e-4)
+    for make in (group_experience, reinforce_experience):
+        more = {"max_new": 4} if make is group_experience else {}
+        np.testing.assert_allclose(make(model, params, ref, rollout, scores, group=5, beta=0.1, kl_estimator="full", **more)[1]["objective/kl"], want, rtol=1e-4)
+
+
+def test_a_metric_is_one_number():
+    """`reward_std` of those that compare answers and of those that do not: TRL's, over all of them, unbiased."""
+    rows, r = tiny.rows(np.random.default_rng(0), 6, 10), np.arange(6, dtype=np.float32) ** 2
+    rollout = Rollout(*rows, np.zeros((6, 10), np.float32), np.arange(6, dtype=np.int32), np.int32(0), np.zeros(6, np.float32))
+    params = {"policy": tiny.init(tiny.LLAMA)}
+    _, of = answers(tiny.LLAMA, params, None, rollout, jnp.asarray(r), group=2, max_new=4)
+    _, other = group_experience(tiny.LLAMA, params, None, rollout, jnp.asarray(r), group=2, max_new=4)
+    np.testing.assert_allclose(of["reward_std"], r.std(ddof=1), rtol=1e-5)
+    assert of.items() <= other.items()
 
 
 def test_trl_adaptive_kl():

@@ -9,7 +9,7 @@ from jaxalign.data import judged, tokenizers
 from jaxalign.models import decoder
 from jaxalign.objectives import kto
 from jaxalign.rl import matching
-from jaxalign.types import Tokens
+from jaxalign.types import Tokens, UserError
 
 MESH = shard.make_mesh({}, jax.devices()[:1])
 BYTES = tokenizers.Bytes()
@@ -66,6 +66,33 @@ def test_a_large_set_is_sampled(monkeypatch):
     a = weighted(source())
     a.next(None)
     assert 20 <= a.events()[0]["rows"] < 30 and len(a.weights) == 70 and (a.weights[1::2] != 1).all()
+
+
+@pytest.mark.parametrize("enough, bad", [(4096, range(57, 64)), (32, range(0, 64, 9))])
+def test_halves_have_both_kinds(monkeypatch, enough, bad):
+    """In a file sorted by label, and where every second batch is read: what a classifier learns from has both, and weighs all bad ones."""
+    monkeypatch.setattr(matching, "ENOUGH", enough)
+    rows = [{**row, "label": i not in bad} for i, row in enumerate(ROWS[:64])]
+    items = judged.labelled_source(rows, BYTES, max_len=16, batch_size=8, seed=0)
+    taught = []
+    fit = lambda x, good: taught.append(good) or kto.density_ratio(x, good, 0.0, 99.0)  # noqa: E731
+    a = matching.Weighted(items, items, MODEL, tiny.init(MODEL), MESH, fit)
+    a.next(None)
+    assert all(0 < g.sum() < len(g) for g in taught) and abs(len(taught[0]) - len(taught[1])) <= matching.BLOCKS and (a.weights[list(bad)] != 1).all()
+
+
+def test_halves_of_a_few():
+    for n in range(2, 30):
+        for good in (np.arange(2 * n) < n, np.arange(n + 2) > 1):
+            half = matching.halves(good)
+            assert all({*half[kind]} == {0, 1} for kind in (good, ~good))
+    assert np.array_equal(matching.halves(np.arange(64) % 4 > 0), np.repeat([0, 1] * 4, 8))  # answers to a prompt, one of four bad
+
+
+def test_one_kind_is_counted_over_the_whole_set():
+    rows = [{**row, "label": i > 0} for i, row in enumerate(ROWS)]
+    with pytest.raises(UserError, match="of the 70 labels 69 are good.*two of each"):
+        weighted(judged.labelled_source(rows, BYTES, max_len=16, batch_size=4, seed=0)).next(None)
 
 
 def test_no_row_is_weighed_by_what_it_taught(monkeypatch):
