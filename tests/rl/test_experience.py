@@ -19,7 +19,7 @@ from jaxalign.rl.reinforce import reinforce_experience
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.types import Experience, Prompts, Rollout, UserError
 
-PPO = recordings.load("ppo.npz", "mask", "old_logps", "ref_logps", "values", "scores", "kl_tokens__kl", "rewards__kl_coef0.15__kl", "adaptive_kl__*", "advantages_whitened__gamma1_lam0.95",
+PPO = recordings.load("ppo.npz", "mask", "old_logps", "ref_logps", "values", "scores", "kl_tokens__kl", "kl_tokens__full", "full_*", "rewards__kl_coef0.15__kl", "adaptive_kl__*", "advantages_whitened__gamma1_lam0.95",
                        "advantages_whitened__gamma0.99_lam0.9", "returns__gamma1_lam0.95", "returns__gamma0.99_lam0.9")  # fmt: skip
 MESH = shard.make_mesh({}, jax.devices()[:1])
 
