@@ -27,11 +27,12 @@ def number(x: float) -> str:
 
 
 def results(r: Reproduction, got: dict) -> str:
-    """Every figure with its interval over seeds, beside what is claimed of it."""
+    """Every figure with its interval over seeds, beside what is claimed of it; first those of which something is."""
     rows = []
-    for name, values in got["figures"].items():
+    claimed = {name: [c for c in r.claims if c.figure == name] for name in got["figures"]}
+    for name, claims in sorted(claimed.items(), key=lambda x: not x[1]):
+        values = got["figures"][name]
         mean, low, high = interval(values)
-        claims = [c for c in r.claims if c.figure == name]
         said = "; ".join(f"{number(c.low)} to {number(c.high)} ({c.source})" for c in claims) or "–"
         verdict = "–" if not claims else "yes" if all(c.low <= mean <= c.high for c in claims) else "no"
         rows.append([name, f"{number(mean)} [{number(low)}, {number(high)}]", f"{number(min(values))} to {number(max(values))}", said, verdict])
