@@ -235,6 +235,8 @@ REPRODUCTION = Reproduction(
     curves={**{f"RL, {p}": curve_rl(p) for p in PROXIES}, **{f"best of n, {p}": curve_bon(p) for p in PROXIES}},
     figures={
         **{f"{what}, {p}": f(p) for what, f in FIGURES.items() for p in PROXIES},
+        "RL, KL where gold is highest, large less small": lambda seed: turnover(LARGE)(seed) - turnover(SMALL)(seed),
+        "RL, KL where gold is highest, all pairs less few": lambda seed: turnover(LARGE)(seed) - turnover(UNTAUGHT)(seed),
         "RL, gold there, large less small": lambda seed: peak(LARGE)(seed) - peak(SMALL)(seed),
         "RL, gold there, all pairs less few": lambda seed: peak(LARGE)(seed) - peak(UNTAUGHT)(seed),
         **{f"{name}, turn of the form, large less small": later(form, LARGE, SMALL) for name, form in FORMS.items()},
@@ -243,14 +245,18 @@ REPRODUCTION = Reproduction(
     x="sqrt(KL), nats",
     y="gold reward less that of the start",
     tolerance=0.4,
-    tolerances={f"RL, KL where gold is highest, {p}": 6.0 for p in PROXIES} | {f"RL, gold lost after it, {p}": 1.0 for p in PROXIES} | {f"RL, proxy won after it, {p}": 1.0 for p in PROXIES} | {f"{n}, turn of the form, {p}": 1.0 for n in FORMS for p in PROXIES},
+    tolerances={f"RL, KL where gold is highest, {p}": 6.0 for p in (*PROXIES, "large less small", "all pairs less few")} | {f"RL, gold lost after it, {p}": 1.0 for p in PROXIES} | {f"RL, proxy won after it, {p}": 1.0 for p in PROXIES} | {f"{n}, turn of the form, {p}": 1.0 for n in FORMS for p in PROXIES},
     claims=(
         Claim(f"RL, gold lost after it, {SMALL}", 0.1, 10.0, "2210.10760, figure 1b: gold turns over"),
         Claim(f"RL, proxy won after it, {SMALL}", 0.01, 100.0, "there: while the proxy still rises"),
+        Claim("RL, KL where gold is highest, large less small", 0.0, 100.0, "figure 1: the turn moves right with the proxy's size; as seen, without a form"),
+        Claim("RL, KL where gold is highest, all pairs less few", 0.0, 100.0, "section 3.2: and with its data"),
         *(Claim(f"{name}, turn of the form, large less small", 0.0, 10.0, "figure 1: the turn moves right with the proxy's size") for name in FORMS),
         *(Claim(f"{name}, turn of the form, all pairs less few", 0.0, 10.0, "section 3.2: and with its data") for name in FORMS),
         Claim("RL, gold there, large less small", 0.0, 10.0, "figure 1: a larger proxy leaves more gold at the turn"),
         Claim("RL, gold there, all pairs less few", 0.0, 10.0, "section 3.2: and so do more comparisons"),
         *(Claim(f"{name}, R2 of the form, {p}", 0.8, 1.0, "the form, fitted; no number is printed there") for name in FORMS for p in PROXIES),
     ),
+    notes="Where the form of RL fits badly (R2 below 0.8: a smooth rise, then a cliff, or a long plain after the fall) the turn it has is not where gold was highest; both are listed. Of best of n the form fits, "
+    "and its turn moves right with size and with data, seed by seed.",
 )
