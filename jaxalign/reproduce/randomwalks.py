@@ -47,7 +47,7 @@ ARMS = {
     "ppo_whole": lambda: online("ppo", loss=PPO["loss"], rl=PPO["rl"] | WHOLE | dict(beta=0.02, lam=1.0)),
     "grpo": lambda: online("grpo", group=GROUP, optim=dict(DECAYED, lr=2e-4)),
     "rloo": lambda: online("rloo", group=GROUP, optim=dict(DECAYED, lr=2e-4), rl=dict(WHOLE, beta=0.02)),
-    "nlpo": lambda: online("nlpo", loss=dict(vf_coef=1.2, min_tokens_to_keep=1, target_update_iterations=2), rl=dict(beta=0.0, gamma=1.0, lam=0.95)),
+    "nlpo": lambda: online("nlpo", loss=dict(vf_coef=1.2, min_tokens_to_keep=1, target_update_iterations=2), rl=dict(WHOLE, beta=0.02, gamma=1.0, lam=1.0, value="mlp")),
     "online_dpo": lambda: online("online_dpo", group=2, optim=dict(DECAYED, lr=2e-4), loss=dict(beta=1.0), rl=WHOLE),
     # Demonstrations are the answers in the best three tenths of a whole rollout; trlX takes 100 for each prompt, and the best tenth to twentieth.
     "rft": lambda: online("raft", group=GROUP, rl=dict(WHOLE, keep=GROUP, quantile=0.7)),
