@@ -184,10 +184,12 @@ def train(
             if bad:
                 log.event("skipped_step", step=done, loss=metrics["loss"], grad_norm=metrics["grad_norm"], in_a_row=skipped["in_a_row"])
             last = done == loop.steps
-            if evaluate is not None and (last or (loop.eval_every and done % loop.eval_every == 0)):
+            evaluated = evaluate is not None and (last or (loop.eval_every > 0 and done % loop.eval_every == 0))
+            if evaluated:
                 with phases("eval"), progress.paused():
                     numbers |= {f"eval/{k}": v for k, v in evaluate(state).items()}
-            due = last or done % loop.log_every == 0 or bad or getattr(source, "collected", False)
+            # What an evaluation or a rollout says is said once: such a step is logged, whatever log_every is.
+            due = last or done % loop.log_every == 0 or bad or evaluated or getattr(source, "collected", False)
             if due:
                 log.metrics(done, numbers)
             for e in getattr(source, "events", list)():

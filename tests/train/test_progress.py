@@ -144,6 +144,14 @@ def test_what_a_rollout_says_is_kept_whatever_log_every_is(ppo):
     assert [r["step"] for r in rows if "objective/scores" in r] == [1, 5]
 
 
+def test_every_evaluation_is_kept_whatever_log_every_is(data, tmp_path):
+    with runs.devices(1):
+        c = runs.config("lm", data, **{"data.eval_path": f"{data}/text.jsonl", "train.steps": 7, "train.eval_every": 3, "train.log_every": 5})
+        runs.train(c, tmp_path / "lm")
+    rows = read_jsonl(tmp_path / "lm/metrics.jsonl")
+    assert {r["step"]: "eval/nll" in r for r in rows} == {3: True, 5: False, 6: True, 7: True}
+
+
 def test_goodput_over_restarts(ppo, monkeypatch):
     """A run that died after its checkpoint of step 4 and lay idle for an hour: steps 5 and 6 of then are lost, the hour counts."""
     c, directory, _ = ppo
