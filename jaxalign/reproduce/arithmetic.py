@@ -15,7 +15,7 @@ from jaxalign import build
 from jaxalign.reproduce.runner import Claim, Reproduction, curve, last
 
 ARMS = ("grpo", "more_sft", "right_sft")
-UPDATES, PROMPTS, GROUP = 800, 32, 8
+UPDATES, PROMPTS, GROUP = 1200, 32, 8
 ANSWERS = UPDATES * PROMPTS * GROUP
 
 

@@ -21,16 +21,16 @@ from jaxalign.reproduce import reviews
 from jaxalign.reproduce.runner import Claim, Reproduction, Seed
 
 RANKED = 1200  # prompts, with some 3,700 disjoint pairs
-STEPS, UPDATES, BATCH = 120, 160, 32
+STEPS, UPDATES, BATCH = 240, 240, 32  # two passes over the pairs; PPO samples 3,840 answers
 # method -> (objective, beta or what stands for it)
 STRENGTHS = {
     "dpo": ("dpo", (0.1, 0.3, 1.0)),
-    "ipo": ("ipo", (0.1, 0.5)),
-    "kto": ("kto", (0.1, 0.3)),
-    "orpo": ("orpo", (0.5, 2.0)),
+    "ipo": ("ipo", (2.0, 8.0)),
+    "kto": ("kto", (0.3, 1.0)),
+    "orpo": ("orpo", (2.0, 8.0)),
     "simpo": ("simpo", (2.5, 10.0)),
     "ppo": ("ppo", (0.1, 0.3, 0.6)),
-    "ppo_gold": ("ppo", (0.1, 0.3, 0.6)),
+    "ppo_gold": ("ppo", (0.1, 0.3)),
 }
 AT = (1.0, 2.0, 4.0)  # nats at which the frontiers are compared
 OPTIMUM = {"prompts": 16, "each": 256}
@@ -47,15 +47,15 @@ def get_config(arg=None):
     for method, (objective, betas) in STRENGTHS.items():
         for name, beta in zip(arms(method), betas):
             if objective == "ppo":
-                c.stages[name] = reviews.ppo(UPDATES, reward=reviews.GOLD if method == "ppo_gold" else "reward", rl=dict(beta=beta), train=dict(eval_every=16), optim=dict(lr=2e-4))
+                c.stages[name] = reviews.ppo(UPDATES, reward=reviews.GOLD if method == "ppo_gold" else "reward", rl=dict(beta=beta), train=dict(eval_every=24), optim=dict(lr=2e-4))
             else:
                 c.stages[name] = build.stage(
                     objective,
                     init="sft",
                     objective=dict(beta=beta),
                     data=dict(path="data/pairs.jsonl", batch_size=BATCH, max_len=reviews.LENGTH),
-                    train=dict(steps=STEPS, eval_every=15, log_every=5, keep=1),
-                    optim=dict(lr=6e-4, warmup=10),
+                    train=dict(steps=STEPS, eval_every=30, log_every=5, keep=1),
+                    optim=dict(lr=3e-4, warmup=10),
                 )
     c.order = ("pretrain", "sft", "reward", *(a for m in STRENGTHS if only in ("", m) for a in arms(m)))
     return c
