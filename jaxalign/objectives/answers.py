@@ -37,9 +37,10 @@ def gspo_token_loss(logp, old_logp, advantages, rows: Rows, low, high):
 
 def gmpo_loss(logp, old_logp, advantages, rows: Rows, low, high):
     """-A exp(mean of the clipped log-ratios) (GMPO, 2507.20673, eq. 4): the geometric mean of the tokens' ratios, each clipped to
-    [e^-low, e^high] on the side on which A pushes; one outlier does not move it as it does the arithmetic mean."""
+    [e^-low, e^high] on the side on which the answer's A pushes, also at tokens that have none (`rl.top_entropy`); one outlier does not
+    move it as it does the arithmetic mean."""
     d = logp - old_logp
-    d = jnp.where(advantages > 0, jnp.minimum(d, high), jnp.maximum(d, -low))
+    d = jnp.where(answer_sum(advantages, rows) > 0, jnp.minimum(d, high), jnp.maximum(d, -low))
     return -ratio(answer_mean(d, rows), 0.0) * advantages
 
 

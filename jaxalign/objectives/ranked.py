@@ -22,6 +22,7 @@ def plackett_luce_loss(scores, rank, valid):
 
     Of tied candidates each stands against the worse ones alone; of two without a tie this is DPO's loss.
     """
+    scores = jnp.where(valid > 0, scores, 0.0)
     worse = beaten(rank, valid) > 0
     own = jnp.eye(scores.shape[1], dtype=bool)[None]
     among = jnp.where(worse | own, scores[:, None, :], -jnp.inf)
@@ -30,6 +31,7 @@ def plackett_luce_loss(scores, rank, valid):
 
 def rrhf_loss(scores, rank, valid):
     """sum over pairs, i better than j, of max(0, s_j - s_i), with scores the mean log-prob per token (RRHF, 2304.05302 eq. 3)."""
+    scores = jnp.where(valid > 0, scores, 0.0)
     return (beaten(rank, valid) * jax.nn.relu(scores[:, None, :] - scores[:, :, None])).sum((1, 2))
 
 

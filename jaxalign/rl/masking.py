@@ -106,7 +106,8 @@ def nlpo_experience(
     clip_score: float | None = None,
 ):
     """As `rl.experience.make_experience`, of params with the masking policy beside the policy (`beside`): the old log-probs are
-    masked ones, for the ratio; rewards take the KL of the unmasked ones off. Advantages are left to the minibatch."""
+    masked ones, for the ratio; rewards take the KL of the unmasked ones off. Advantages are left to the minibatch, but for their mean:
+    a minibatch that whitens them finds the same, and its E[A^2] - E[A]^2 stays exact when a new critic is far off."""
     both = params["policy"]
     params = {**params, "policy": both["policy"]}
     shaping = dict(temperature=temperature, gamma=gamma, lam=lam, kl_estimator=kl_estimator, missing_eos_penalty=missing_eos_penalty, missing_eos_value=missing_eos_value, clip_score=clip_score)
@@ -119,4 +120,4 @@ def nlpo_experience(
         "objective/allowed": masked_mean(count, mask),
         "logprob_gap": jnp.abs(jnp.where(mask > 0, old.logp - rollout.logp, 0.0)).max(),
     }
-    return exp._replace(logp=old.logp), metrics
+    return exp._replace(logp=old.logp, advantages=mask * (exp.advantages - masked_mean(exp.advantages, mask))), metrics

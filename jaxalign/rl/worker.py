@@ -14,34 +14,35 @@ import sys
 import traceback
 
 OWN = ("prompts", "completions", "records", "completion_ids")  # what a function of a group may ask for; other names are fields of its records
+PLURALS = {"prompts", "completions", "completion_ids"}
 
 
 def whole_group(fn) -> bool:
     """Whether a function takes lists (prompts, completions, ...) and answers with a list, and not a row at a time: by the names of
-    its first two arguments, or because it says so with an attribute, fn.group = True."""
+    its arguments, of which TRL's functions have `completions` at least, or because it says so with an attribute, fn.group = True."""
     said = getattr(fn, "group", None)
     if isinstance(said, bool):
         return said
     try:
-        names = list(inspect.signature(fn).parameters)
+        names = inspect.signature(fn).parameters
     except (TypeError, ValueError):
         return False
-    return names[:2] == ["prompts", "completions"]
+    return not PLURALS.isdisjoint(names)
 
 
 def call_group(fn, prompts, completions, records, ids):
-    """fn(prompts, completions, ...): positional if it wants no more than three, the others by name; any other name is the list of
-    that field of the records, and ** takes all fields (TRL's convention)."""
+    """fn(prompts=..., completions=..., ...): any of `OWN`, any other name the list of that field of the records, and ** all fields (TRL's
+    convention). A function marked as a group's that has names of its own gets prompts, completions and records in that order."""
     known = dict(zip(OWN, (prompts, completions, records, ids)))
-    parameters = list(inspect.signature(fn).parameters.values())
-    first, rest = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD], [p for p in parameters if p.kind == p.VAR_KEYWORD]
+    parameters = inspect.signature(fn).parameters.values()
+    if PLURALS.isdisjoint(p.name for p in parameters):
+        return fn(*[prompts, completions, records][: sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)])
+    fields = dict.fromkeys(k for r in records for k in r)
     columns = lambda name: known[name] if name in known else [r.get(name) for r in records]
-    named = {p.name: columns(p.name) for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and (p.name in known or p.default is p.empty or any(p.name in r for r in records))}
-    if rest:
-        named |= {k: columns(k) for k in (*OWN, *dict.fromkeys(k for r in records for k in r)) if k not in named}
-    if "prompts" not in named or "completions" not in named:  # marked as a group's, with names of its own
-        return fn(*[prompts, completions, records][: len(first)])
-    return fn(**named)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and (p.name in known or p.name in fields or p.default is p.empty)}
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        named |= {*known, *fields}
+    return fn(**{name: columns(name) for name in named})
 
 
 def plain(value):

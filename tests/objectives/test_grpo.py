@@ -126,6 +126,16 @@ def test_soft_clips():
     assert np.argmax(got, 1).tolist() == [2, 2, 4] and not np.any(got[:, -1])
 
 
+def test_gmpo_clips_a_token_without_advantage_on_its_answers_side():
+    """`rl.top_entropy` takes the advantage off some tokens; they still are factors of the answer's ratio."""
+    d, mask, segments = jnp.array([[1.0, -1.0, 0.1, -1.0]]), jnp.ones((1, 4)), jnp.ones((1, 4), jnp.int32)
+    rows = grpo.Rows(mask, segments, None, None, None, None)
+    for a, clipped in ((1.0, [0.4, -1.0, 0.1, -1.0]), (-1.0, [1.0, -0.4, 0.1, -0.4])):
+        some = a * jnp.array([[1.0, 0.0, 1.0, 0.0]])
+        got = answers.gmpo_loss(d, jnp.zeros_like(d), some, rows, 0.4, 0.4)
+        np.testing.assert_allclose(got, -some * np.exp(np.mean(clipped)), rtol=1e-6)
+
+
 def test_masks_of_trl():
     np.testing.assert_array_equal(top_share(V["entropies"], V["mask"], 0.2) > 0, V["high_entropy_mask__threshold0.8"])
     rows, _ = grpo.read(M, PARAMS, recorded(), 0.0)

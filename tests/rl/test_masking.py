@@ -11,6 +11,7 @@ from jaxalign.models import decoder, heads, t5
 from jaxalign.objectives import nlpo
 from jaxalign.ops import nn
 from jaxalign.ops.allowed import NEVER, Rule
+from jaxalign.ops.masked import masked_mean
 from jaxalign.rl import masking
 from jaxalign.rl.rollout import Sampling, generate
 from jaxalign.rl.stream import stream
@@ -125,6 +126,9 @@ def test_the_first_minibatch_has_ratio_one():
     m = jax.jit(lambda p: step.gradient(o, p, {}, aux, exp, jax.random.key(0))[1])(params)
     np.testing.assert_allclose(m["val/ratio"], 1, atol=1e-6)
     assert m["policy/clipfrac_avg"] == 0 and m["policy/approxkl_avg"] < 1e-10
+    # scores far from what the critic knows: their mean leaves the advantages before any minibatch squares them
+    off, _ = masking.nlpo_experience(model, None, seen, draw(tiny.LLAMA, 2), rollout, scores + 3e4, 0.1, temperature=0.7, gamma=1.0, lam=1.0)
+    assert abs(masked_mean(off.advantages, off.mask)) < 1e-2 and np.abs(off.advantages).max() < 3e2
 
 
 def draw_head():

@@ -65,7 +65,10 @@ def test_several_processes_keep_the_order():
 def test_groups_fields_and_tokens():
     whole = score("of_group")
     assert np.isnan(whole[1::2]).all() and not np.isnan(whole[::2]).any()
-    np.testing.assert_array_equal(score("by_field"), np.arange(B))
+    for name in ("by_field", "of_trl", "of_trl_with_a_field"):
+        np.testing.assert_array_equal(score(name), np.arange(B))
+    for name in ("of_ids", "names_of_its_own"):
+        np.testing.assert_array_equal(score(name), lengths())
     rollout, _ = rows()
     got = score("of_tokens")
     np.testing.assert_array_equal(got, np.where(rollout.mask > 0, rollout.tokens % 5, 0))
