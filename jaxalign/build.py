@@ -106,7 +106,7 @@ class Stage:
             st = run.train(
                 st, fn, self.source, self.frozen, run.Loop(**plain(c.train)), mesh=w.mesh, log=log, checkpoints=points, evaluate=self.evaluate,
                 flops_per_token=self.flops_per_token, trace=trace,
-                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=_settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}) | ({"teacher": state.fingerprint(self.frozen["teacher"])} if "teacher" in self.frozen else {}),
+                peak_flops=chips.peak_flops(jax.devices()) if w.model.config.dtype == "bfloat16" else None, name=self.name, settings=settings(w.config, c) | ({} if self.base is None else {"frozen": state.fingerprint(self.base)}) | ({"teacher": state.fingerprint(self.frozen["teacher"])} if "teacher" in self.frozen else {}),
                 config={**{k: v for k, v in plain(w.config).items() if k != "stage"}, "stage": self.name, "objective": c.objective.name, "section": plain(c)},
             )  # fmt: skip
             params = result(self.objective, c, st, self.base)
@@ -166,7 +166,7 @@ def normalised(s: Stage, by: str, params: Tree) -> Tree:
 HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^value/(up|down)/", "^[qv]/")  # what trains beside the adapters
 
 
-def _settings(config: ConfigDict, c: ConfigDict) -> dict:
+def settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
     out = {k: v for k, v in plain(c).items() if k != "reference_cache"}
     out["optim"].pop("offload")  # where the state lies, like the mesh

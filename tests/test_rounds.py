@@ -120,6 +120,10 @@ def test_two_rounds_killed_in_the_second(data, tmp_path, monkeypatch, capsys):
         lineage.check(w, name, build.stages(c)[name])
     said = capsys.readouterr().out
     assert "reward_1: warning: changed since it was trained: data data/rankings_1.jsonl" in said and "ppo_1" not in said
+    other = build.stages(c)["ppo_1"]
+    other.optim.lr, other.train.log_every = 1e-9, 7  # how often it logs shapes nothing
+    lineage.check(w, "ppo_1", other)
+    assert "ppo_1: warning: changed since it was trained: setting optim.lr;" in capsys.readouterr().out
 
 
 def asked(c, w, name):

@@ -69,9 +69,24 @@ def check(w, name: str, c) -> None:
         path = w.stage_dir(name) / "params"
         return stage(w, name, c, checkpoint.load_tree(path, checkpoint.structure(path))[0])
     now = _origins(w, c)
-    changed = [f"{kind} {k}" for kind in ("parents", "data") for k, v in known.get(kind, {}).items() if now[kind].get(k, v) != v]
+    changed = [f"setting {k}" for k in changed_settings(w.stage_dir(name), w.config, c)]
+    changed += [f"{kind} {k}" for kind in ("parents", "data") for k, v in known.get(kind, {}).items() if now[kind].get(k, v) != v]
     if changed and jax.process_index() == 0:
         print(f"{name}: warning: changed since it was trained: {', '.join(changed)}; delete {w.stage_dir(name)} to train it anew")
+
+
+def changed_settings(directory: Path, config, c) -> list[str]:
+    """The settings that shape a stage's training (`build.settings`) and were others when it was trained, by the config.json that it keeps;
+    one that there was no name for yet is none."""
+    from jaxalign import build
+    from jaxalign.train.log import as_json, leaves, redact
+
+    try:
+        said = build.ConfigDict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        then, now = (leaves(redact(as_json(build.settings(x, s)))) for x, s in ((said, said.section), (config, c)))
+    except (OSError, ValueError, AttributeError, KeyError):  # kept by another version, or not at all
+        return []
+    return sorted(k for k in then.keys() & now.keys() if then[k] != now[k])
 
 
 def _origins(w, c) -> dict:

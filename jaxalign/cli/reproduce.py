@@ -63,6 +63,7 @@ def main(fv, rest):
         kept.write_text(json.dumps(got, separators=(",", ":")) + "\n")
         kept.with_suffix(".svg").write_text(page.figure(r, got))
         page.write(Path(fv.docs) / "reproductions.md", name, page.section(r, name, got))
+        page.write(Path(fv.docs) / "reproductions.md", "overview", page.overview(runner.committed(kept.parent)))
         print(f"wrote {kept}, its figure and its section")
         return
     if not kept.exists():

@@ -6,12 +6,12 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 
 from jaxalign.report import charts, style
-from jaxalign.reproduce.runner import Reproduction, Row, interval
+from jaxalign.reproduce.runner import Claim, Reproduction, Row, interval
 from jaxalign.types import UserError
 
 # More arms than the page's style sheet has colours.
@@ -26,15 +26,20 @@ def number(x: float) -> str:
     return f"{x:.4f}" if abs(x) < 10 else f"{x:.4g}"
 
 
+def claimed(r: Reproduction, got: dict) -> list[tuple[str, list[Claim], bool]]:
+    """(figure, what is claimed of it, whether its mean over seeds is there), first those of which something is."""
+    of = {name: [c for c in r.claims if c.figure == name] for name in got["figures"]}
+    return [(name, claims, all(c.low <= interval(got["figures"][name])[0] <= c.high for c in claims)) for name, claims in sorted(of.items(), key=lambda x: not x[1])]
+
+
 def results(r: Reproduction, got: dict) -> str:
-    """Every figure with its interval over seeds, beside what is claimed of it; first those of which something is."""
+    """Every figure with its interval over seeds, beside what is claimed of it."""
     rows = []
-    claimed = {name: [c for c in r.claims if c.figure == name] for name in got["figures"]}
-    for name, claims in sorted(claimed.items(), key=lambda x: not x[1]):
+    for name, claims, reached in claimed(r, got):
         values = got["figures"][name]
         mean, low, high = interval(values)
         said = "; ".join(f"{number(c.low)} to {number(c.high)} ({c.source})" for c in claims) or "–"
-        verdict = "–" if not claims else "yes" if all(c.low <= mean <= c.high for c in claims) else "no"
+        verdict = "–" if not claims else "yes" if reached else "no"
         rows.append([name, f"{number(mean)} [{number(low)}, {number(high)}]", f"{number(min(values))} to {number(max(values))}", said, verdict])
     return table(["figure", "mean over seeds [95 %]", "least and most", "expected", "reached"], rows)
 
@@ -88,6 +93,16 @@ def section(r: Reproduction, name: str, got: dict) -> str:
             *([r.notes] if r.notes else []),
         ]
     )
+
+
+def overview(kept: Mapping[str, tuple[Reproduction, dict]]) -> str:
+    """One line for each reproduction that was written down: how many of its claims were reached, and which were not."""
+    rows = []
+    for name, (r, got) in kept.items():
+        said = [(figure, reached) for figure, claims, reached in claimed(r, got) if claims]
+        missed = [figure for figure, reached in said if not reached]
+        rows.append([f"`{name}`", r.title, len(got["seeds"]), f"{got['seconds']['total'] / 60:.0f}", f"{len(said) - len(missed)} of {len(said)}", "; ".join(missed) or "–"])
+    return table(["name", "", "seeds", "minutes a seed", "claims reached", "not reached"], rows)
 
 
 def write(page: Path, name: str, text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 import numpy as np
 
 from jaxalign import build, reproduce
-from jaxalign.cli import pipeline
+from jaxalign.cli import lineage, pipeline
 from jaxalign.evals import stats
 from jaxalign.train import checkpoint
 from jaxalign.train.log import read_jsonl
@@ -118,6 +118,11 @@ def load(name: str) -> Reproduction:
 # -- running --------------------------------------------------------------------------------------------------------
 
 
+def committed(folder: Path) -> dict[str, tuple[Reproduction, dict]]:
+    """Those that have been written down: name -> (what it is, what it gave)."""
+    return {name: (load(name), json.loads(path.read_text())) for name in names() if (path := folder / f"{name}.json").exists()}
+
+
 def seed_of(r: Reproduction, workdir: Path, number: int) -> Seed:
     return Seed(number, {run: workdir / f"seed-{number}" / run for run in r.runs})
 
@@ -133,6 +138,7 @@ def run(r: Reproduction, workdir: Path, seeds: Sequence[int], say: Callable[[str
     import jax
 
     for number in seeds:
+        complete(r, workdir, number)  # or says why what is there does not count
         seed = seed_of(r, workdir, number)
         for arg, directory in seed.runs.items():
             directory.mkdir(parents=True, exist_ok=True)
@@ -153,9 +159,16 @@ def _seconds(seed: Seed) -> dict[str, float]:
 
 
 def complete(r: Reproduction, workdir: Path, number: int) -> bool:
-    """Whether every stage of every run of a seed is there."""
-    done = lambda arg, d: all((d / s / "params" / "manifest.json").exists() for s in build.stages(config(r, arg, number)))
-    return all(done(arg, d) for arg, d in seed_of(r, workdir, number).runs.items())
+    """Whether every stage of every run of a seed is there. Raises UserError where one was trained with settings that are not the
+    reproduction's any more."""
+    done = True
+    for arg, d in seed_of(r, workdir, number).runs.items():
+        c = config(r, arg, number)
+        for name, section in build.stages(c).items():
+            done = done and (d / name / "params" / "manifest.json").exists()
+            if changed := lineage.changed_settings(d / name, c, section):
+                raise UserError(f"{d / name} was trained with other settings than the reproduction now has: {', '.join(changed)}; delete it, and what came after it, to train it anew")
+    return done
 
 
 # -- what came out --------------------------------------------------------------------------------------------------

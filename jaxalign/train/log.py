@@ -57,13 +57,13 @@ class RunLog:
         """Writes config.json and environment.json (`environment()` and what is given). Changes since last time become events."""
         if not self._files:
             return
-        for name, new in (("config", redact(_plain(config))), ("environment", redact(_plain(_environment() | environment)))):
+        for name, new in (("config", redact(as_json(config))), ("environment", redact(as_json(_environment() | environment)))):
             path = self.workdir / f"{name}.json"
             try:
-                before = _leaves(json.loads(path.read_text()))
+                before = leaves(json.loads(path.read_text()))
             except (OSError, ValueError):
                 before = None
-            now = _leaves(new)
+            now = leaves(new)
             changed = sorted(k for k in (before or {}).keys() | now.keys() if before is not None and before.get(k) != now.get(k))
             if changed:
                 self.event(f"{name}_changed", changes={k: [before.get(k), now.get(k)] for k in changed})
@@ -89,12 +89,12 @@ class RunLog:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something a reader of the run should know: a resume, a skipped step, an alert."""
-        self._line("events.jsonl", json.dumps(redact(_plain({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "kind": kind, **fields}))))
+        self._line("events.jsonl", json.dumps(redact(as_json({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "kind": kind, **fields}))))
 
     def samples(self, step: int, samples: list[dict]) -> None:
         """Generated text, one line each."""
         for sample in samples:
-            self._line("samples.jsonl", json.dumps(_plain({"step": int(step), **sample})))
+            self._line("samples.jsonl", json.dumps(as_json({"step": int(step), **sample})))
 
     def offsets(self) -> dict[str, int]:
         """{file: bytes}, all of them on disk when this returns: what a checkpoint stores. {} outside process 0."""
@@ -267,20 +267,20 @@ def _number(x: float | int | bool) -> str:
     return "null" if math.isnan(x) else repr(x) if math.isfinite(x) else "1e999" if x > 0 else "-1e999"
 
 
-def _plain(x: Any) -> Any:
+def as_json(x: Any) -> Any:
     """Anything, as JSON has it: arrays as lists, NaN and what is unknown as text."""
     if isinstance(x, dict):
-        return {str(k): _plain(v) for k, v in x.items()}
+        return {str(k): as_json(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_plain(v) for v in x]
+        return [as_json(v) for v in x]
     if hasattr(x, "tolist"):
-        return _plain(x.tolist())
+        return as_json(x.tolist())
     if isinstance(x, float) and not math.isfinite(x):
         return str(x)
     return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
 
 
-def _leaves(x: Any, name: str = "") -> dict[str, Any]:
+def leaves(x: Any, name: str = "") -> dict[str, Any]:
     if isinstance(x, dict) and x:
-        return {k: v for key, value in x.items() for k, v in _leaves(value, f"{name}.{key}" if name else str(key)).items()}
+        return {k: v for key, value in x.items() for k, v in leaves(value, f"{name}.{key}" if name else str(key)).items()}
     return {name: x}

@@ -1,5 +1,6 @@
 """A reproduction end to end: two seeds of a few steps, written, compared, found right, found wrong; and its arithmetic on numbers."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def reproduce(*args, code=0):
 def written(tmp_path_factory):
     """(workdir, docs) after both seeds were run and written."""
     work, docs = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("docs")
-    (docs / "reproductions.md").write_text("# Here\n<!-- reproduce short begin -->\nold\n<!-- reproduce short end -->\nafter\n")
+    (docs / "reproductions.md").write_text("# Here\n<!-- reproduce overview begin --><!-- reproduce overview end -->\n<!-- reproduce short begin -->\nold\n<!-- reproduce short end -->\nafter\n")
     sys.modules["jaxalign.reproduce.short"] = __import__("short")
     cli_args = ["short", f"--workdir={work}", f"--docs={docs}"]
     with pytest.MonkeyPatch.context() as m:
@@ -58,6 +59,7 @@ def test_what_was_written(written):
     assert len(seen) == 2 and kept["curves"]["kl"]["x"][0] != 0  # of the mean KL of the seeds
     text = (docs / "reproductions.md").read_text()
     assert "old" not in text and text.endswith("end -->\nafter\n") and "| loss |" in text and "(nobody) | no |" in text
+    assert "| `short` | A short one | 2 | 0 | 0 of 1 | loss |" in text
     assert (docs / "reproductions/short.svg").read_text().startswith("<svg xmlns")
 
 
@@ -94,6 +96,16 @@ def test_a_killed_run_goes_on(written, args, tmp_path, capsys):
     reproduce(args[0], f"--workdir={work}", args[2])
     assert capsys.readouterr().out.count("already done") == 3
     assert (work / "seed-1/grpo/metrics.jsonl").read_bytes() == before
+
+
+def test_runs_of_other_settings_do_not_count(args, monkeypatch, capsys):
+    r = runner.load("short")
+    c = r.get_config()
+    c.stages.sft.optim.lr = 3e-3
+    monkeypatch.setattr(sys.modules["short"], "REPRODUCTION", dataclasses.replace(r, get_config=lambda arg=None: c))
+    for more in ((), ("--only_compare",)):
+        reproduce(*args, *more, code=2)
+        assert "sft was trained with other settings than the reproduction now has: optim.lr; delete it" in capsys.readouterr().err
 
 
 def test_refusals(args, tmp_path, capsys):
@@ -148,3 +160,14 @@ def test_the_figure_names_its_curves():
     words = ["".join(t.itertext()) for t in tree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"a<b", "other"} <= set(words)
     assert np.isfinite([float(x) for x in tree.fromstring(svg).attrib["viewBox"].split()]).all()
+
+
+def test_the_page_says_what_the_committed_files_say():
+    """Each section and the overview, word by word; a claim or a setting that changes asks for a new run, or a new page."""
+    docs = Path(__file__).parents[2] / "docs"
+    text, kept = (docs / "reproductions.md").read_text(encoding="utf-8"), runner.committed(docs / "reproductions")
+    assert set(kept) == set(runner.names())
+    for name, (r, got) in kept.items():
+        assert page.section(r, name, got) in text and len(got["seeds"]) >= r.seeds >= 5, name
+        assert (docs / f"reproductions/{name}.svg").read_text(encoding="utf-8") == page.figure(r, got), name
+    assert page.overview(kept) in text
