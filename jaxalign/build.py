@@ -197,7 +197,7 @@ def check_stage(mesh, name: str, c: ConfigDict) -> tuple[optim.Optim, run.Loop]:
         if c.get("frozen_dtype", "float32") not in ("float32", "bfloat16"):
             raise UserError(f"frozen_dtype {c.frozen_dtype!r} must be float32 or bfloat16")
         if "rl" in c:
-            Sampling(**plain(c.sampling)), KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})
+            Sampling(**plain(c.sampling)), (kl := KL(**{k: c.rl[k] for k in fields(KL) if k in c.rl})).update(kl.beta, 0.0, batch)  # so many episodes have to suit the horizon
             rewards.Limits(c.rl.reward_timeout, c.rl.reward_workers, c.rl.on_reward_error)
             environment.check(c.rl.environment, c.rl.turns, c.rl.context, c.sampling.max_new, bool(c.rl.reward or c.rl.get("judge")), bool(c.rl.rollout_devices))
             if c.rl.epochs < 1 or c.rl.staleness < 0 or (c.rl.get("importance_cap") is not None and c.rl.importance_cap <= 0):

@@ -140,6 +140,22 @@ def test_prompts_with_answers(data, tmp_path):
     assert passes.normalised(" A  b. ") == "a b"
 
 
+@pytest.mark.parametrize(
+    "record, want",
+    [({"answer": x}, want) for x, want in ((1234567.0, "1234567"), (3.14159265, "3.14159265"), (100000.5, "100000.5"), (1e6, "1000000"), (1e16, "10000000000000000"), (-2.0, "-2"), (1e-7, "0.0000001"), (7, "7"), ("x", "x"))]
+    + [({"answer": None, "reference": "x"}, "x"), ({"answers": [2.0, "two", 2]}, ["2", "two", "2"]), ({"answer": 0}, "0")],
+)
+def test_what_an_answer_is_compared_with(record, want):
+    """As somebody would write it: every digit that it has, and none that it has not."""
+    assert answers._reference(record, "rows.jsonl") == want
+
+
+@pytest.mark.parametrize("record", [{"answer": None}, {"prompt": "a"}, {"answer": {}}, {"answer": True}])
+def test_a_row_without_an_answer_is_refused(record):
+    with pytest.raises(UserError, match="rows.jsonl: a row has no answer"):
+        answers._reference(record, "rows.jsonl")
+
+
 def test_the_command(data, tmp_path, capsys):
     from absl import flags
     from jaxalign.cli import main as cli

@@ -86,11 +86,12 @@ def evaluate(w, name: str, path: str, *, samples: int, ks, max_new: int, tempera
 
 
 def _reference(record: dict, path: str):
-    found = next((record[k] for k in REFERENCES if k in record), None)
+    written = lambda x: np.format_float_positional(x, trim="-") if isinstance(x, float) else str(x)  # 1234567.0 as 1234567
+    found = next((record[k] for k in REFERENCES if record.get(k) is not None), None)
     if isinstance(found, (int, float)) and not isinstance(found, bool):
-        found = f"{found:g}" if isinstance(found, float) else str(found)
+        found = written(found)
     if isinstance(found, list):
-        found = [str(x) for x in found]
+        found = [written(x) for x in found]
     if not isinstance(found, (str, list)):
         raise UserError(f"{path}: a row has no answer to compare with ({', '.join(REFERENCES)}); its keys are {sorted(record)}. Add one, or say --reward=package.module:function")
     return found

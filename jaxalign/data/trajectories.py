@@ -39,7 +39,7 @@ def trajectories_source(
 
     top: the share of the episodes that is kept, those of the highest return; among equals the earlier rows. standardise: affine
     in the return, so that those kept have mean 0 and std 1 (unbiased, + the f32 epsilon), as trlX: rewards are divided by the std,
-    and the last one of each episode takes the mean off. Or (mean, std) of other episodes, by which held-out ones stay comparable: those that
+    and the last one of each episode takes the mean off. Returns that are all equal become 0: their rewards are divided by 1. Or (mean, std) of other episodes, by which held-out ones stay comparable: those that
     the report of the training set has. Longer episodes are dropped and counted: their end is what they earn.
     """
     if not 0 < top <= 1:
@@ -69,7 +69,8 @@ def trajectories_source(
     corpus.counts.update(return_mean=float(mean), return_std=float(std), below_top=len(returns) - len(kept))
     if standardise:
         mean, std = (mean, std) if standardise is True else standardise
-        scale = std + np.finfo(np.float32).eps
+        eps = np.finfo(np.float32).eps
+        scale = std + eps if std > eps * max(1.0, abs(mean)) else 1.0  # less is the rounding of sums, and would blow up what the turns of an episode earn
         value = value / scale
         value[first[1:] - 1] -= mean / scale
     length, layout = _padded(corpus.docs, max_len)

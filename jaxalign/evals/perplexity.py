@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxalign import shard
 from jaxalign.rl.experience import token_logps
-from jaxalign.types import Model, Tokens, Tree
+from jaxalign.types import Model, Tokens, Tree, UserError
 
 
 class Total(NamedTuple):
@@ -65,7 +65,9 @@ def strided(model: Model, params: Tree, documents: Iterable[tuple[Sequence[int],
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """exp(nats / tokens); inf where that is too large for a number."""
+    """exp(nats / tokens); inf where that is too large for a number. UserError for no tokens."""
+    if not tokens:
+        raise UserError("perplexity: there is no token to predict: each document is one token long, or none of its tokens is trained on; give longer ones")
     return math.exp(nll / tokens) if nll / tokens < 709 else math.inf
 
 

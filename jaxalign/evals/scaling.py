@@ -57,6 +57,8 @@ def rule_of_thumb(flops: float, ratio: float = TOKENS_PER_PARAMETER) -> tuple[fl
 
 # -- from a size to a config ----------------------------------------------------------------------------------------
 
+WIDTHS = (*range(32, 64, 8), *range(64, 256, 32), *range(256, 512, 64), *range(512, 23297, 128))  # whole heads, as `shaped` has them
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -84,17 +86,15 @@ def shaped(vocab: int, dim: int, layers: int, tied: bool = True) -> Shape:
 def shape(n: float, vocab: int, tied: bool = True) -> Shape:
     """The decoder nearest to n parameters. Its width is 32 to 128 times its depth: between those the loss hardly depends on it
     (Kaplan et al. 2020, 2001.08361, section 3.1). Raises UserError where the vocabulary leaves nothing for layers."""
-    best = None
-    for dim in (8 * i if i < 8 else 32 * (i - 6) if i < 22 else 128 * (i - 18) for i in range(2, 200)):
+    best = math.inf, None
+    for dim in WIDTHS:
         one = shaped(vocab, dim, 1, tied)
         layer = shaped(vocab, dim, 2, tied).parameters - one.parameters
-        layers = round((n - (one.parameters - layer)) / layer)
-        if layers < 1 or not 32 <= dim / layers <= 128:
-            continue
+        layers = min(max(round((n - (one.parameters - layer)) / layer), -(-dim // 128)), dim // 32)
         off = abs(math.log(shaped(vocab, dim, layers, tied).parameters / n)) + 0.02 * abs(math.log2(dim / layers / 80))
-        if best is None or off < best[0]:
+        if off < best[0]:
             best = off, shaped(vocab, dim, layers, tied)
-    if best is None or abs(math.log(best[1].parameters / n)) > 0.5:
+    if abs(math.log(best[1].parameters / n)) > 0.5:
         raise UserError(f"no model of {n:,.0f} parameters has a vocabulary of {vocab:,}: its embeddings would be most of it; give more --flops or a smaller --vocab")
     return best[1]
 
@@ -115,11 +115,11 @@ class Sizing(NamedTuple):
 
 def sizing(flops: float, vocab: int, seq_len: int, n_and_d: tuple[float, float], tied: bool = True) -> Sizing:
     """Peak learning rate and batch by the power laws of DeepSeek LLM (2401.02954, equation 1: lr 0.3118 C^-0.125, batch
-    0.2920 C^0.3271 tokens); cosine over exactly these steps to a tenth (2203.15556, appendix B: a longer one costs loss), after a warm-up of 2 %."""
+    0.2920 C^0.3271 tokens, in whole eights of rows, for rows are shared among devices); cosine over exactly these steps to a tenth (2203.15556, appendix B: a longer one costs loss), after a warm-up of 2 %."""
     n, d = n_and_d
     found = shape(n, vocab, tied)
     d = flops / (6 * found.parameters)  # the budget is kept, whatever shape was at hand
-    batch = max(1, round(0.2920 * flops**0.3271 / seq_len))
+    batch = 8 * max(1, round(0.2920 * flops**0.3271 / seq_len / 8))
     steps = max(1, round(d / (batch * seq_len)))
     return Sizing(n, n_and_d[1], found, 0.3118 * flops**-0.125, batch, seq_len, steps, max(1, steps // 50), 6.0 * found.parameters * steps * batch * seq_len)
 

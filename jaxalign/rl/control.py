@@ -14,7 +14,13 @@ from jaxalign.types import UserError
 
 
 def ziegler(beta: float, error: float, episodes: int, horizon: float) -> float:
-    """beta (1 + error episodes / horizon) (1909.08593, section 2.2, and lm-human-preferences)."""
+    """beta (1 + error episodes / horizon) (1909.08593, section 2.2, and lm-human-preferences).
+
+    An error of -0.2 at five horizons of episodes or more would make that zero or negative, a reward for going away; so many are a
+    UserError, whatever the error is. Deviation: lm-human-preferences does not look.
+    """
+    if episodes >= 5 * horizon:
+        raise UserError(f"rl.horizon {horizon:g}: a rollout of {episodes} episodes is five horizons or more, and rl.beta could turn negative; set rl.horizon above {episodes / 5:g}, or a smaller data.batch_size")
     return beta * (1 + error * episodes / horizon)
 
 
@@ -37,7 +43,7 @@ class KL:
 
     beta: float = 0.05
     target: float | None = None  # nats, per sequence (rl4lms: per token)
-    horizon: float = 10000.0  # episodes
+    horizon: float = 10000.0  # episodes, more than a fifth of a rollout's
     controller: str = "ziegler"
 
     def __post_init__(self):

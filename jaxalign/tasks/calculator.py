@@ -2,7 +2,7 @@
 
     48*37+12=            ->  [calc(48*37+12)]  ->  1788  ->  1788
 
-Reward 1 for the right number as the last of the final turn, 0 for another. A policy may answer without the tool, and is then right
+Reward 1 for the right number as the last of the final turn (7/2 or 3.5), 0 for another. A policy may answer without the tool, and is then right
 about as often as it can multiply.
 """
 
@@ -12,10 +12,13 @@ import ast
 import json
 import operator
 import re
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+
+from jaxalign.types import UserError
 
 _DO = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: lambda a, b: Fraction(a) / b, ast.UAdd: operator.pos, ast.USub: operator.neg}
 LONGEST = 200  # characters of a sum: with + - * / alone, no result can then be large enough to hurt
@@ -45,11 +48,16 @@ class Calculator:
 
     def reset(self, record: dict, seed: int) -> str:
         self.sum = record.get("sum") or a_sum(np.random.default_rng(seed))
+        try:
+            self.value = calc(self.sum)
+        except (ValueError, SyntaxError, TypeError, ZeroDivisionError) as e:
+            raise UserError(f"calculator: the record's 'sum': {self.sum!r} has no value ({e}); mend or drop that row") from None
         return f"{self.sum}="
 
     def step(self, action: str) -> tuple[str, float, bool]:
-        numbers = re.findall(r"-?\d+", action)
-        return "", float(bool(numbers) and numbers[-1] == calc(self.sum)), True
+        said = (re.findall(r"-?\d+(?:/\d+|\.\d+)?", action) or [""])[-1]
+        right = said == self.value or "/" not in said != "" and Decimal(said) == Fraction(self.value)  # a fraction only in lowest terms: the sum itself is no answer
+        return "", float(right), True
 
 
 def a_sum(rng: np.random.Generator) -> str:

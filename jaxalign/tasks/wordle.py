@@ -68,9 +68,10 @@ def feedback(guess: str, word: str) -> str:
 
 
 def guess_of(action: str) -> str:
-    """The first word of five letters that an action has, in lower case; "" where it has none."""
-    found = re.search(r"(?<![a-z])[a-z]{5}(?![a-z])", action.lower())
-    return found[0] if found else ""
+    """The last word of the list that an action has, in lower case; "guess" only where it has no other, for "My guess is crane" means
+    crane. Without one its last word of five letters, or ""."""
+    found = re.findall(r"(?<![a-z])[a-z]{5}(?![a-z])", action.lower())
+    return ([w for w in found if w in _KNOWN and w != "guess"] or found or [""])[-1]
 
 
 class Wordle:

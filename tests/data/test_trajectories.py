@@ -92,6 +92,18 @@ def test_the_best_share_and_standardised_returns():
     assert not alike.next().rewards.any() and alike.report()["below_top"] == 2 and alike.report()["return_mean"] == 3.0
 
 
+@pytest.mark.parametrize("rewards", [[[-1, -1, 0]] * 4, [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1]], [[0.1, 0.2, -0.3], [-0.3, 0.2, 0.1], [0.2, -0.3, 0.1]], [[2, 3, 4]]], ids=["equal", "rounded", "rounded to zero", "one"])
+def test_equal_returns_become_zero_and_their_turns_stay_small(rewards):
+    """As trlX: mean off, divided by nothing. Sums of the same numbers in another order are equal."""
+    records = [talk("a", "b", "c", "d", "e", "f", rewards=r) for r in rewards]
+    s = source(records, CHATML, standardise=True)
+    got, report = s.next().rewards, s.report()
+    np.testing.assert_allclose(got.sum(1), 0, atol=1e-6)
+    np.testing.assert_allclose([row[row != 0][:2] for row in got], [r[:2] for r in rewards], rtol=1e-6)
+    held_out = source(records, CHATML, standardise=(report["return_mean"], report["return_std"])).next().rewards
+    np.testing.assert_array_equal(held_out, got)
+
+
 def test_resumes_and_is_told_apart():
     records = [{"prompt": "p", "completion": "c" * i, "reward": i} for i in range(1, 8)]
     a, b = (source(records, batch_size=3, shuffle=True) for _ in range(2))

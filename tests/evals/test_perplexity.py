@@ -9,7 +9,7 @@ import tiny
 from jaxalign import shard
 from jaxalign.evals import perplexity
 from jaxalign.rl.experience import token_logps
-from jaxalign.types import Tokens
+from jaxalign.types import Tokens, UserError
 
 
 @pytest.mark.parametrize("length, context, stride", [(3, 8, 3), (8, 8, 3), (9, 8, 3), (30, 8, 3), (29, 8, 7), (1, 4, 1)])
@@ -45,3 +45,8 @@ def test_strided_loss_is_that_of_single_tokens():
 
 def test_units():
     assert perplexity.bits_per_byte(math.log(2) * 24, 12) == pytest.approx(2) and perplexity.perplexity(1e9, 10) == math.inf
+
+
+def test_nothing_to_predict_is_refused():
+    with pytest.raises(UserError, match="no token to predict"):
+        perplexity.strided(tiny.LLAMA, tiny.init(tiny.LLAMA), [([3], [1]), ([4], [1])], context=8, stride=3, batch=8, mesh=shard.make_mesh({"data": -1}))

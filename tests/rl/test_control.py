@@ -59,6 +59,26 @@ def test_controllers():
         KL(controller="pid")
 
 
+@pytest.mark.parametrize("controller, episodes, refused", [("ziegler", 499, False), ("ziegler", 500, True), ("trlx", 1000, True), ("rl4lms", 1000, False)])
+def test_a_horizon_too_short_for_its_rollouts_is_refused(controller, episodes, refused):
+    """At five horizons of episodes in a rollout the coefficient could turn to zero, beyond them negative: refused whatever the KL."""
+    kl = KL(0.2, 6.0, 100.0, controller)
+    if not refused:
+        assert 0 < kl.update(0.2, 0.0, episodes) < 0.2
+        return
+    for observed in (0.0, 6.0, 60.0):
+        with pytest.raises(UserError, match="rl.horizon 100.*data.batch_size"):
+            kl.update(0.2, observed, episodes)
+
+
+def test_a_config_with_such_a_horizon_is_refused_before_it_samples(tmp_path):
+    import runs
+
+    data = runs.prepared(tmp_path / "data")
+    with pytest.raises(UserError, match="ppo.*rl.horizon 1: "):
+        runs.train(runs.config("ppo", data, **{"rl.horizon": 1.0}), tmp_path / "run")
+
+
 def test_unscored_answers_and_scales_in_an_experience():
     """An answer whose score is NaN has no mask; scores are divided after the clip; the KL per token is over all tokens."""
     x = tiny.rows(np.random.default_rng(0), 8, 9)

@@ -20,19 +20,33 @@ from jaxalign.rl.own_judge import Own, judged
 from jaxalign.types import Rollout, Tokens, UserError
 
 
-@pytest.mark.parametrize("text, want", [("Rating: 4", 0.75), ("4/5", 0.75), ("on a scale of 1 to 5 I say 2.", 0.25), ("3.5", 0.625), ("5\n", 1), ("1", 0), ("It is 10 of 10, so 5", 1)])
+@pytest.mark.parametrize(
+    "text, want",
+    [("Rating: 4", 0.75), ("4/5", 0.75), ("on a scale of 1 to 5 I say 2.", 0.25), ("3.5", 0.625), ("5\n", 1), ("1", 0), ("It is 10 of 10, so 5", 1)]
+    + [("Rating: 4 stars out of 5", 0.75), ("4 (out of 5)", 0.75), ("**4**/5", 0.75), ("I rate it 4 on a scale of 1 to 5.", 0.75), ("Rating: 4\n\nThis is better than 3 others", 0.75)]
+    + [("It makes 2 mistakes.\n\n**4**", 0.75), ("[[2]]: 3 steps miss.", 0.25), ("Clarity 5.\nRating: [[3]]", 0.5), ("4 / 5. It has 3 parts.", 0.75), ("Rating (out of 5): 4", 0.75), ("Rating: 2.5.", 0.375)],
+)
 def test_ratings_are_read(text, want):
     assert judge.rating(text) == want
 
 
 def test_what_is_no_rating_is_refused():
-    for text in ("", "good", "10", "0", "77"):
+    for text in ("", "good", "10", "0", "77", "-3", "Rating: -3", "8/10", "Rating: 4/10", "[[4]]/10", "3,5", "5.5", "3 of the 4 claims hold", "I can not say, out of 5", "Style 4/5, facts 2/5"):
         with pytest.raises(ValueError, match="no rating"):
             judge.rating(text)
 
 
-def test_verdicts_are_read():
-    assert [judge.verdict(x) for x in ("A is longer, but B", "Verdict: A", "tie", "", "Tie. A", "neither")] == [0, 1, 0.5, 0.5, 1, 0.5]
+@pytest.mark.parametrize(
+    "want, texts",
+    [
+        (1, ["A", "a", "**A**", "[[A]]", "A) ", "Answer A", "Verdict: A", "Verdict: A\n\nB is too short.", "**Verdict:** A, as B rambles.", "Verdict: A (B rambles)", "The verdict is A.", "B is short.\n\nA.", "My choice is [[A]], B is worse"]),
+        (0, ["B", "B. A clear winner.", "Verdict: B. A clear winner.", "Verdict: A\nOn second thought:\nB", "B\n\nA is wrong."]),
+        (0.5, ["tie", "TIE", "Tie.", "Verdict: tie", "", "neither", "Verdict: A tie", "Tie. A", "A. Is long.\nB. Is short."]),
+        (0.5, ["Answer A is better than answer B.", "I prefer A because B rambles.", "A is longer, but B", "Verdict: A is worse than B", "Response B wins"]),  # prose, which may mean either
+    ],
+)
+def test_verdicts_are_read(want, texts):
+    assert {x: judge.verdict(x) for x in texts} == dict.fromkeys(texts, want)
 
 
 def test_both_orders():

@@ -1,12 +1,14 @@
 """Wordle and the calculator: rules worked out by hand, players that keep them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from jaxalign.data import formats
 from jaxalign.tasks import calculator, wordle
 from jaxalign.tasks.wordle import WORDS, feedback
+from jaxalign.types import UserError
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,15 @@ def test_a_game():
     assert other.word == drawn  # the seed alone
 
 
+@pytest.mark.parametrize(
+    "action, guess",
+    [("crane", "crane"), ("CRANE!", "crane"), ("Guess: crane", "crane"), ("My guess is crane.", "crane"), ("crane is my guess", "crane"), ("I think it could be crane", "crane"), ("guess", "guess"), ("My guess: guess", "guess")]
+    + [("Guess: zzzzz", "zzzzz"), ("zzzzz", "zzzzz"), ("zzzzz or crane", "crane"), ("cranes", ""), ("", "")],
+)
+def test_the_word_of_an_action(action, guess):
+    assert wordle.guess_of(action) == guess
+
+
 def test_players_and_their_games():
     """Careful players never guess what cannot be; better players lose fewer guesses; games read as chats; the same seed, the same games."""
     games = wordle.trajectories(30, 1, ("expert", "careful", "careless"))
@@ -84,6 +95,27 @@ def test_calculator():
     game.reset({}, 3)
     assert game.step(calculator.calc(game.sum))[1] == 1
     formats.canonical(calculator.conversation("6*7"))
+
+
+@pytest.mark.parametrize(
+    "record_sum, right, wrong",
+    [
+        ("7/2", ["7/2", "3.5", "7/2 = 3.50.", "-1 + 4.5 = 3.5"], ["7", "2", "3", "35", "14/4", "3.51", "7/0"]),
+        ("1/3", ["1/3"], ["0.333", "1"]),
+        ("-7/2", ["-7/2", "it is -3.5"], ["7/2", "3.5"]),
+        ("84/2", ["42", "84/2=42", "42.0"], ["84/2", "84/2=", "420", "9" * 5000]),
+    ],
+)
+def test_the_answer_to_a_division(record_sum, right, wrong):
+    game = calculator.Calculator()
+    game.reset({"sum": record_sum}, 0)
+    assert [x for x in right + wrong if game.step(x)[1]] == right
+
+
+@pytest.mark.parametrize("record_sum", ["1/0", "6*", "two", "1.5", 7])
+def test_a_sum_without_a_value_is_refused_where_it_is_read(record_sum):
+    with pytest.raises(UserError, match=re.escape(f"'sum': {record_sum!r}")):
+        calculator.Calculator().reset({"sum": record_sum}, 0)
 
 
 def test_worlds_write_what_stages_read(tmp_path):
