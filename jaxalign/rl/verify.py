@@ -20,7 +20,7 @@ from jaxalign.types import UserError
 _NUMBER = re.compile(  # sign, whole of a mixed number, number, below its bar, percent
     r"((?<![\w)\]])[-+])?(?:(\d+)[ \t]+(?=\d+\s*/\s*\d))?((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(\d+))?\s*(%?)"
 )
-_FENCE = re.compile(r"^([ \t]*)(?:(?=`)|(?:(?!```).)*(?=`{3,}[ \t]*\w*[ \t]*$))(`{3,})[ \t]*([^`\n]*)$", re.MULTILINE)  # behind other text only with one word or none
+_FENCE = re.compile(r"^[ \t]*(?:(?=`)|(?:(?!```).)*(?=`{3,}[ \t]*\w*[ \t]*$))(`{3,})[ \t]*([^`\n]*)$", re.MULTILINE)  # behind other text only with one word or none
 
 
 def _wanted(record: dict, *names: str) -> Any:
@@ -125,13 +125,13 @@ def fenced(text: str, *languages: str) -> str:
     named, unnamed, at = None, None, 0
     text = text.replace("\r\n", "\n")
     while m := _FENCE.search(text, at):
-        ends = (re.compile(rf"^({start}){m[2]}`*[ \t]*$", re.MULTILINE).search(text, m.end() + 1) for start in (r"[ \t]*", ".*?"))
+        ends = (re.compile(rf"^({start}){m[1]}`*[ \t]*$", re.MULTILINE).search(text, m.end() + 1) for start in (r"[ \t]*", ".*?"))
         end = next(filter(None, ends), None)
         body = textwrap.dedent(text[m.end() + 1 : end.end(1) if end else len(text)])
         at = end.end() if end else len(text)
-        if re.match(r"[^\s,:]*", m[3])[0].lower() in languages:
+        if re.match(r"[^\s,:]*", m[2])[0].lower() in languages:
             named = body
-        elif not m[3]:
+        elif not m[2]:
             unnamed = body
     return next((x for x in (named, unnamed) if x is not None), text)
 
