@@ -25,7 +25,7 @@ def _need(package: str):
 
 
 def _references(record: dict) -> list[str]:
-    found = next((record[k] for k in ("reference", "references", "summary") if record.get(k) is not None), None)
+    found = next((record[k] for k in ("reference", "references", "summary") if record.get(k) not in (None, [])), None)
     if found is None:
         raise ValueError(f"the record has no 'reference' to compare with; its fields are {sorted(record)}")
     return [found] if isinstance(found, str) else list(found)
@@ -67,6 +67,8 @@ def corpus_ter(texts: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
     """sacrebleu's layout: the first reference of every text, then the second ... None where a text has fewer."""
+    if not references or not all(references):
+        raise ValueError("every text needs a reference to compare with, and there must be a text")
     return [[r[k] if k < len(r) else None for r in references] for k in range(max(map(len, references)))]
 
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from fractions import Fraction
 from typing import Any
 
 from jaxalign.rl import expressions, sandbox
 from jaxalign.types import UserError
 
-_NUMBER = re.compile(r"(?:(?<![\w)\]])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?\s*%?")
+_NUMBER = re.compile(  # sign, whole of a mixed number, number, below its bar, percent
+    r"((?<![\w)\]])[-+])?(?:(\d+)[ \t]+(?=\d+\s*/\s*\d))?((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(\d+))?\s*(%?)"
+)
+_FENCE = re.compile(r"^[ \t]*(?:(?=`)|(?:(?!```).)*(?=`{3,}[ \t]*\w*[ \t]*$))(`{3,})[ \t]*([^`\n]*)$", re.MULTILINE)  # behind other text only with one word or none
 
 
 def _wanted(record: dict, *names: str) -> Any:
@@ -63,28 +67,36 @@ def final_answer(text: str) -> str:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text, exactly: 1,234.50, -3, 3/4, 12%, 6.02e23. None where there is none."""
-    found = [m[0] for m in _NUMBER.finditer(text) if any(c.isdigit() for c in m[0])]
-    return _exact(found[-1]) if found else None
-
-
-def _exact(said: str) -> Fraction | None:
-    top, _, bottom = said.replace(",", "").replace(" ", "").rstrip("%").partition("/")
+    """The last number of a text, exactly: 1,234.50, -3, 3/4, \\frac{3}{4}, 2 1/2, 12%, 6.02e23. None where there is none."""
+    text = re.sub(r"(\\[dtc]?frac)\s*\{\s*-", r"-\1{", text)
+    text = re.sub(r"\\[dtc]?frac" + expressions.DIGITS * 2, r"\1\2/\3\4", expressions.numerals(text))
+    found = [m for m in _NUMBER.finditer(text) if m[3]]
+    if not found:
+        return None
+    sign, whole, top, bottom, percent = found[-1].groups()
     try:
-        return Fraction(top) / (Fraction(bottom) if bottom else 1) / (100 if "%" in said else 1)
+        size = Fraction(top.replace(",", "")) / Fraction(bottom or 1)
     except (ValueError, ZeroDivisionError):
         return None
+    size += int(whole) if whole and size < 1 else 0
+    return (-size if sign == "-" else size) / (100 if percent else 1)
+
+
+def _readings(said: str, wanted: str) -> list[str]:
+    """50% is a half; where the wanted answer has no percent sign it may be 50 too."""
+    return [said, re.sub(r"\\?%", "", said)] if "%" in said and "%" not in wanted else [said]
 
 
 def number(prompt: str, completion: str, record: dict) -> float:
     """1 if the last number of the final answer is that of record["answer"] (or "solution", "target"; a text that ends with it, as
     GSM8K's, will do); within record["tolerance"] of it, relative, where that is given, else exactly."""
     want = _wanted(record, "answer", "solution", "target")
-    want, got = last_number(final_answer(str(want))), last_number(final_answer(completion))
+    answer = final_answer(str(want))
+    want, got = last_number(answer), [last_number(x) for x in _readings(final_answer(completion), answer)]
     if want is None:
         raise ValueError(f"the record's answer holds no number: {record}")
     within = Fraction(str(record.get("tolerance", 0))) * abs(want)
-    return float(got is not None and abs(got - want) <= within)
+    return float(any(x is not None and abs(x - want) <= within for x in got))
 
 
 def number_in_form(prompt: str, completion: str, record: dict) -> float:
@@ -93,9 +105,10 @@ def number_in_form(prompt: str, completion: str, record: dict) -> float:
 
 
 def expression(prompt: str, completion: str, record: dict) -> float:
-    """1 if the final answer is the same expression as record["answer"]: 2(x+1) and 2x + 2, \\frac{1}{2} and 0.5 (`expressions.equal`)."""
+    """1 if the final answer is the same expression as record["answer"]: 2(x+1) and 2x + 2, \\frac{1}{2} and 0.5 (`expressions.equal`);
+    50% and 50 too, unless record["answer"] has a percent sign."""
     want = final_answer(str(_wanted(record, "answer", "solution", "target")))
-    return float(expressions.equal(final_answer(completion), want))
+    return float(any(expressions.equal(x, want) for x in _readings(final_answer(completion), want)))
 
 
 # -- patterns, JSON and forms -----------------------------------------------------------------------------------------
@@ -107,9 +120,20 @@ def regex(prompt: str, completion: str, record: dict) -> float:
 
 
 def fenced(text: str, *languages: str) -> str:
-    """The last ```-block of one of the languages (or of none named), else the text itself."""
-    found = [body for kind, body in re.findall(r"```[ \t]*(\w*)[ \t]*\n(.*?)```", text, re.DOTALL) if kind.lower() in (*languages, "")]
-    return found[-1] if found else text
+    """The last ```-block of one of the languages, else the last that names none, else the text itself. A block ends at a line of as
+    many backticks or more and nothing else; without one at the first line that ends in them, else with the text."""
+    named, unnamed, at = None, None, 0
+    text = text.replace("\r\n", "\n")
+    while m := _FENCE.search(text, at):
+        ends = (re.compile(rf"^({start}){m[1]}`*[ \t]*$", re.MULTILINE).search(text, m.end() + 1) for start in (r"[ \t]*", ".*?"))
+        end = next(filter(None, ends), None)
+        body = textwrap.dedent(text[m.end() + 1 : end.end(1) if end else len(text)])
+        at = end.end() if end else len(text)
+        if re.match(r"[^\s,:]*", m[2])[0].lower() in languages:
+            named = body
+        elif not m[2]:
+            unnamed = body
+    return next((x for x in (named, unnamed) if x is not None), text)
 
 
 def json_schema(prompt: str, completion: str, record: dict) -> float:
@@ -153,8 +177,9 @@ def think_tags(prompt: str, completion: str, record: dict) -> float:
 
 def words(prompt: str, completion: str, record: dict) -> float:
     """1 with record["min_words"] to record["max_words"] words (either may be missing), falling to 0 at none or at twice as many."""
-    n, least, most = len(completion.split()), record.get("min_words", 0), record.get("max_words", math.inf)
-    return n / least if n < least else max(0.0, 2 - n / most) if n > most else 1.0
+    n, least, most = len(completion.split()), record.get("min_words") or 0, record.get("max_words")
+    most = math.inf if most is None else most
+    return n / least if n < least else (max(0.0, 2 - n / most) if most else 0.0) if n > most else 1.0
 
 
 def soft_overlong(length: int, most: int, cache: int) -> float:
@@ -173,10 +198,13 @@ def overlong(prompts: list[str], completions: list[str], records: list[dict], co
 
 def code(prompt: str, completion: str, record: dict) -> float:
     """Runs the completion's last ```python block in `sandbox.run`: 1 if record["tests"] (asserts that follow it) pass, or the share of
-    record["cases"], [{"input": ..., "output": ...}], whose output it prints. record["seconds"] is what one run may take (5)."""
-    program, seconds = fenced(completion, "python", "py"), float(record.get("seconds", 5.0))
+    record["cases"], [{"input": ..., "output": ...}], whose output it prints before it ends without an error. record["seconds"] is what one run may take (5)."""
+    program, seconds = fenced(completion, "python", "py", "python3"), float(record.get("seconds", 5.0))
     if record.get("tests") is not None:
         return float(sandbox.passes(program, str(record["tests"]), seconds=seconds))
     cases = _wanted(record, "cases", "tests")
+    if not cases:
+        raise UserError("the record's 'cases' is empty, so no program can be checked by it: give it [{'input': ..., 'output': ...}] or 'tests', or leave the row out")
     lines = lambda s: [x.rstrip() for x in str(s).rstrip().split("\n")]
-    return sum(lines(sandbox.run(program, str(c["input"]), seconds=seconds).stdout) == lines(c["output"]) for c in cases) / len(cases)
+    ran = [(sandbox.run(program, str(c["input"]), seconds=seconds), lines(c["output"])) for c in cases]
+    return sum(r.code == 0 and not r.overran and lines(r.stdout) == want for r, want in ran) / len(cases)

@@ -71,5 +71,7 @@ def test_what_is_missing_is_named(monkeypatch):
         with pytest.raises(UserError, match=r"jaxalign\[metrics\]"):
             reward("", "a", {"reference": "a"})
     tm._scorer.cache_clear()
-    with pytest.raises(ValueError, match="reference"):
-        tm._references({"answer": "a"})
+    for record in ({"answer": "a"}, {"references": []}):
+        with pytest.raises(ValueError, match="no 'reference'"):
+            tm._references(record)
+    assert tm._references({"references": [], "summary": "a"}) == ["a"] and tm._references({"reference": ""}) == [""]

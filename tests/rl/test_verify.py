@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 from jaxalign.rl import expressions, sandbox, verify
+from jaxalign.types import UserError
 
 SAYS = lambda f, completion, **record: f("", completion, record)  # noqa: E731
 
@@ -24,6 +25,18 @@ SAYS = lambda f, completion, **record: f("", completion, record)  # noqa: E731
         ("x = 5)", 5),
         ("none", None),
         ("1/0", None),
+        ("I need 2 1/2 cups", Fraction(5, 2)),
+        ("-2 1/2", Fraction(-5, 2)),
+        ("1. 5 10/3", Fraction(10, 3)),  # no mixed number: its fraction is above one
+        ("at 2\n1/2", Fraction(1, 2)),
+        ("\u22125", -5),
+        ("1{,}234", 1234),
+        (r"1,\!234", 1234),
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        (r"x = -\dfrac34", Fraction(-3, 4)),
+        (r"\frac{-3}{4}", Fraction(-3, 4)),
+        (r"2\frac{1}{3}", Fraction(7, 3)),
+        (r"12\%", Fraction(12, 100)),
     ],
 )
 def test_last_number(text, want):
@@ -44,8 +57,15 @@ def test_numbers():
     assert SAYS(verify.number, "0.333", answer="1/3") == 0 and SAYS(verify.number, "0.333", answer="1/3", tolerance=0.01) == 1
     assert SAYS(verify.number, "", answer="1") == 0
     assert SAYS(verify.number_in_form, "8", answer="8") == 0 and SAYS(verify.number_in_form, r"\boxed{8}", answer="8") == 1
+    assert SAYS(verify.number, r"\boxed{\frac{3}{4}}", answer=r"\boxed{\frac{1}{4}}") == 0 and SAYS(verify.number, r"\boxed{\frac{3}{4}}", answer="3/4") == 1
     with pytest.raises(ValueError, match="answer"):
         SAYS(verify.number, "8", question="4+4")
+
+
+@pytest.mark.parametrize("said, want, right", [("50%", "50", 1), ("50%", "0.5", 1), ("50%", "20% of 250\n#### 50", 1), (r"50\%", "50", 1), ("50%", "5", 0), ("50", "50%", 0), ("0.5", "50%", 1), ("50%", "50%", 1)])
+def test_a_percentage_is_either_where_the_wanted_has_no_sign(said, want, right):
+    assert SAYS(verify.number, said, answer=want) == right
+    assert SAYS(verify.expression, said, answer=want) == right
 
 
 @pytest.mark.parametrize(
@@ -72,6 +92,71 @@ def test_numbers():
         ("50%", "1/2", True),
         ("not math at all?", "not math at all!", False),
         (r"\sqrt[3]{27}", "3", True),
+        (r"x_{10}", r"x_{11}", False),
+        ("x_10", "x_11", False),
+        (r"x_{1}+2x_1", "3x_1", True),
+        (r"a_{n+1}", r"a_{n-1}", False),
+        (r"a_{n+1}+a_{n + 1}", r"2a_{n+1}", True),
+        (r"x_{10} = 5", "5", True),
+        (r"3\mathbf{i}+4\mathbf{j}", r"4\mathbf{i}+3\mathbf{j}", False),
+        (r"3\mathbf{i}+4\mathbf{j}", "3+4", False),
+        (r"3\mathbf{i}+4\mathbf{j}", r"4\mathbf{j}+3\mathbf{i}", True),
+        (r"\mathbf{5}", "5", True),
+        (r"\mathrm{e}", "e", True),
+        (r"\mathbb{Z}", r"\mathbb{R}", False),
+        (r"2\text{ or }3", "23", False),
+        (r"2\text{ or }3", "2 or 3", True),
+        ("2 or 3", "6 or 1", False),
+        (r"(x+1)\text{ or }(x-1)", "x^2-1", False),
+        (r"5\text{ cm}^2", "5", True),
+        (r"5\,\mathrm{m/s}", "5", True),
+        (r"3\text{ cm}, 4\text{ cm}", "3, 4", True),
+        (r"\text{(A)}", "A", True),
+        (r"\text{(A)}", "B", False),
+        (r"\text{5}", "5", True),
+        (r"1\frac12", "0.5", False),
+        (r"1\frac12", "1.5", True),
+        (r"2\frac{1}{3}", "7/3", True),
+        ("-2 1/3", "-7/3", True),
+        (r"x^2\frac{1}{3}", "x^2/3", True),
+        ("10 000", "0", False),
+        ("1 2", "12", False),
+        (r"\sec x", r"\frac{1}{\cos(x)}", True),
+        (r"\sinh^{-1} x", r"1/\sinh(x)", False),
+        (r"\binom{5}{2}", r"\binom{2}{5}", False),
+        (r"(1,2)\cup(3,4)", r"(1, 2) \cup (3, 4)", True),
+        ("(1,2)x", "(1,2)y", False),
+        ("|x|", "x", False),
+        ("|x-y|", "|y-x|", True),
+        ("|x+y|", "x+y", False),
+        (r"\sqrt{x^3}", r"x\sqrt{x}", True),  # where there is a root
+        (r"\sqrt{x}\sqrt{y}", r"\sqrt{xy}", True),
+        (r"\sqrt{x^2}", "x", False),
+        (r"90^{\circ}", "90", True),
+        (r"90^\circ", "90", True),
+        (r"\frac1{12}", "1/12", True),
+        (r"\frac{1}2", "1/2", True),
+        (r"\frac\pi2", r"\pi/2", True),
+        (r"1{,}234", "1234", True),
+        (r"(1{,}234, 5)", "(1234, 5)", True),
+        (r"\sin^2 x+\cos^2 x", "1", True),
+        (r"\sin^{-1} x", r"\arcsin x", True),
+        (r"\sin^{-1} x", r"1/\sin x", False),
+        (r"a\sin x", r"\sin(x) a", True),
+        (r"\sinh x", "(e^x-e^{-x})/2", True),
+        (r"2\pm 3", r"3\pm 2", False),
+        (r"(-\infty, 0.5)", r"(-\infty, \frac12)", True),
+        (r"2\sigma+\sigma", r"3\sigma", True),
+        ("3!", "6", True),
+        ("n!", "n (n-1)!", True),
+        ("3!!", "720", False),  # 3!! is 3
+        ("1000000000!", "1", False),
+        ("999!!", "1", False),
+        ("((1000!)^1000)!", "1", False),
+        ("1e5", "100000", True),
+        ("1E-2", "0.01", True),
+        ("2e-1", "2*e - 1", True),  # Euler's
+        ("1e999999999", "1", False),
         ("9^9^9^9", "1", False),  # not read: too large
         ("__import__('os').system('true')", "0", False),
         ("(" * 500 + "1" + ")" * 500, "1", False),
@@ -105,6 +190,7 @@ def test_patterns_forms_and_lengths():
         assert SAYS(verify.think_answer, bad) == 0, bad
     assert SAYS(verify.think_tags, "<think>a</think>") == 0.5
     assert [SAYS(verify.words, "a " * n, min_words=2, max_words=4) for n in (0, 1, 2, 4, 6, 9)] == [0, 0.5, 1, 1, 0.5, 0]
+    assert [SAYS(verify.words, t, min_words=None, max_words=0) for t in ("", "a")] == [1, 0]
     assert [verify.soft_overlong(n, 20, 4) for n in (16, 17, 18, 20, 21)] == [0, -0.25, -0.5, -1, -1]
     assert verify.overlong([""], [""], [{"max_tokens": 20, "cache": 4}], [[1] * 18]) == [-0.5]
 
@@ -115,11 +201,39 @@ def test_json():
     assert SAYS(verify.json_schema, 'So:\n```json\n{"n": 1}\n```', schema=schema) == 1
     for bad in ('{"n": "1"}', "{}", "{", '{"n": NaN}', "[" * 5000):
         assert SAYS(verify.json_schema, bad, schema=schema) == 0, bad
+    assert SAYS(verify.json_schema, '```json\n{"n": 1}\n```\nwith\n```\nn = 1\n```', schema=schema) == 1
     assert SAYS(verify.json_schema, "[1]") == 1 and SAYS(verify.json_schema, "[NaN]") == 0
     import referencing.exceptions
 
     with pytest.raises((referencing.exceptions.Unresolvable, Exception), match="http://127.0.0.1:9/"):
         SAYS(verify.json_schema, "{}", schema={"$ref": "http://127.0.0.1:9/nowhere.json"})
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("```python\nA\n```\nOutput:\n```\n5\n```", "A"),
+        ("```c++\nint\n```\nso\n```python\nA\n```", "A"),
+        ("```python3\nA\n```", "A"),
+        ('```python title="a.py"\nA\n```', "A"),
+        ("```Python\r\nA\r\nB\r\n```\r\n", "A\nB"),
+        ("1. so:\n   ```python\n   if A:\n       B\n   ```\n", "if A:\n    B"),
+        ("```python\nA\n```\nbetter:\n```python\nB", "B"),
+        ("```python\nprint('```')\nB\n```\n", "print('```')\nB"),
+        ("````python\n```\nA\n````\n", "```\nA"),
+        ("```\nA\n```\n```\nB\n```", "B"),
+        ("Here it is: ```python\nA\n```", "A"),
+        ("```python\nA```\nthat is it", "A"),
+        ("use ``` to fence\n```python\nA\n```", "A"),
+        ("```text\nA\n```", "```text\nA\n```"),
+        ("print('```')", "print('```')"),
+        ("```sh ls```\n```python\nA\n```", "A"),
+        ("with `x`: ```python\nA `b` ```", "A `b` "),
+        ("```python", ""),
+    ],
+)
+def test_fenced(text, want):
+    assert verify.fenced(text, "python", "py", "python3").rstrip("\n") == want
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------
@@ -133,6 +247,14 @@ def test_code():
     assert SAYS(verify.code, "import sys; sys.exit(0)", tests="assert False") == 0  # left before the tests
     cases = [{"input": "2 3", "output": "5"}, {"input": "1 1", "output": "3"}]
     assert SAYS(verify.code, "print(sum(map(int, input().split())))", cases=cases) == 0.5
+    assert SAYS(verify.code, "```python3\nprint(5)\n```\nOutput:\n```\n5\n```", cases=[{"input": "", "output": "5"}]) == 1
+    with pytest.raises(UserError, match="cases"):
+        SAYS(verify.code, "print(5)", cases=[])
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(3)", "1/0", "while True: pass"])
+def test_a_program_must_end_well(end):
+    assert SAYS(verify.code, f"print(5, flush=True)\n{end}", cases=[{"input": "", "output": "5"}], seconds=1.0) == 0
 
 
 @pytest.mark.parametrize(
