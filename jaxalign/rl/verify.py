@@ -83,8 +83,10 @@ def last_number(text: str) -> Fraction | None:
 
 
 def _readings(said: str, wanted: str) -> list[str]:
-    """50% is a half; where the wanted answer has no percent sign it may be 50 too."""
-    return [said, re.sub(r"\\?%", "", said)] if "%" in said and "%" not in wanted else [said]
+    """50% is a half; where one of the two has a percent sign and the other has none, 50 is meant as often."""
+    if ("%" in said) == ("%" in wanted):
+        return [said]
+    return [said, re.sub(r"\\?%", "", said) if "%" in said else said.rstrip(". ") + "%"]
 
 
 def number(prompt: str, completion: str, record: dict) -> float:
@@ -106,7 +108,7 @@ def number_in_form(prompt: str, completion: str, record: dict) -> float:
 
 def expression(prompt: str, completion: str, record: dict) -> float:
     """1 if the final answer is the same expression as record["answer"]: 2(x+1) and 2x + 2, \\frac{1}{2} and 0.5 (`expressions.equal`);
-    50% and 50 too, unless record["answer"] has a percent sign."""
+    50% and 50 too."""
     want = final_answer(str(_wanted(record, "answer", "solution", "target")))
     return float(any(expressions.equal(x, want) for x in _readings(final_answer(completion), want)))
 
