@@ -168,7 +168,7 @@ HEADS = ("^head/", r"^value/(head/)?(weight|bias)$", "^value/(up|down)/", "^[qv]
 
 def settings(config: ConfigDict, c: ConfigDict) -> dict:
     """Everything that shapes training, to the source's fingerprint of the data; not how often it is saved or logged, nor the mesh."""
-    out = {k: v for k, v in plain(c).items() if k != "reference_cache"}
+    out = {k: v for k, v in plain(c).items() if k != "reference_cache"} | {"init": c.init or config.model.path}
     out["optim"].pop("offload")  # where the state lies, like the mesh
     for k in ("reward_timeout", "reward_workers"):  # how long somebody waits for a score, not which it is
         out.get("rl", {}).pop(k, None)

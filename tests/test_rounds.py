@@ -255,3 +255,17 @@ def test_names_that_are_not_there():
     with pytest.raises(UserError, match="rounds.candidate is unknown"):
         build.rounds("dpo", candidate=3)
     assert np.array_equal(build.rounds("dpo").keep.quantiles, (0.0,))
+
+
+def test_settings_that_a_stage_resolved_are_no_change(tmp_path):
+    """A policy that begins at model.path notes that as its init; the config still says nothing there."""
+    c = build.base("here", family="gpt2", vocab=23, dim=8, layers=1, heads=2, max_len=16)
+    c.model.path = "models/hf"
+    stage = build.stage("lm", data=dict(path="x.jsonl", batch_size=4, seq_len=8), train=dict(steps=2))
+    c.stages, c.order = {"sft": stage}, ("sft",)
+    said = {**build.plain(c), "stage": "sft", "section": {**build.plain(build.stages(c)["sft"]), "init": "models/hf"}}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    section = build.stages(c)["sft"]
+    assert lineage.changed_settings(tmp_path, c, section) == []
+    section.init, section.train.steps = "pretrain", 3
+    assert lineage.changed_settings(tmp_path, c, section) == ["init", "train.steps"]

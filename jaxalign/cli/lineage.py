@@ -75,15 +75,16 @@ def check(w, name: str, c) -> None:
         print(f"{name}: warning: changed since it was trained: {', '.join(changed)}; delete {w.stage_dir(name)} to train it anew")
 
 
-def changed_settings(directory: Path, config, c) -> list[str]:
-    """The settings that shape a stage's training (`build.settings`) and were others when it was trained, by the config.json that it keeps;
-    one that there was no name for yet is none."""
+def changed_settings(directory: Path, config, c, also: tuple[str, ...] = ()) -> list[str]:
+    """The settings that shape a stage's training (`build.settings`; `also`: whole sections of the config) and were others when it was
+    trained, by the config.json that it keeps; one that there was no name for yet is none."""
     from jaxalign import build
     from jaxalign.train.log import as_json, leaves, redact
 
     try:
         said = build.ConfigDict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-        then, now = (leaves(redact(as_json(build.settings(x, s)))) for x, s in ((said, said.section), (config, c)))
+        of = lambda x, s: leaves(redact(as_json(build.settings(x, s) | {k: build.plain(x[k]) for k in also if k in x})))
+        then, now = of(said, said.section), of(config, c)
     except (OSError, ValueError, AttributeError, KeyError):  # kept by another version, or not at all
         return []
     return sorted(k for k in then.keys() & now.keys() if then[k] != now[k])

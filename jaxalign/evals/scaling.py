@@ -115,11 +115,12 @@ class Sizing(NamedTuple):
 
 def sizing(flops: float, vocab: int, seq_len: int, n_and_d: tuple[float, float], tied: bool = True) -> Sizing:
     """Peak learning rate and batch by the power laws of DeepSeek LLM (2401.02954, equation 1: lr 0.3118 C^-0.125, batch
-    0.2920 C^0.3271 tokens, in whole eights of rows, for rows are shared among devices); cosine over exactly these steps to a tenth (2203.15556, appendix B: a longer one costs loss), after a warm-up of 2 %."""
+    0.2920 C^0.3271 tokens, in whole eights of rows where there are eight, for rows are shared among devices); cosine over exactly these steps to a tenth (2203.15556, appendix B: a longer one costs loss), after a warm-up of 2 %."""
     n, d = n_and_d
     found = shape(n, vocab, tied)
     d = flops / (6 * found.parameters)  # the budget is kept, whatever shape was at hand
-    batch = 8 * max(1, round(0.2920 * flops**0.3271 / seq_len / 8))
+    batch = 0.2920 * flops**0.3271 / seq_len
+    batch = 8 * round(batch / 8) if batch >= 8 else max(1, round(batch))
     steps = max(1, round(d / (batch * seq_len)))
     return Sizing(n, n_and_d[1], found, 0.3118 * flops**-0.125, batch, seq_len, steps, max(1, steps // 50), 6.0 * found.parameters * steps * batch * seq_len)
 

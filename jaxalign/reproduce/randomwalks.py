@@ -63,8 +63,9 @@ ARMS = {
 }
 
 NOTES = (
-    "A figure is the evaluation after the last update. The mean of the last three (updates 128, 144, 160), which was looked at first, is lower for what still gains there: 0.968 for ppo_whole and "
-    "0.950 for grpo, just below their bars. "
+    "A figure is the mean of the last three evaluations (updates 128, 144, 160), because single ones dip; *last evaluation* is the last by itself, and its claims were added once the others had been seen. "
+    "ppo_whole and grpo miss their bars by the one and reach them by the other: at update 128 they still learn. PPO with trlX's settings, a constant rate and two minibatches in turn, swings between 0.91 and 0.98 from one "
+    "evaluation to the next up to the end. NLPO is looked at through its mask, as RL4LMs samples it; the policy by itself, without the mask, has what the mask hid and nobody unlearned. "
     "Why DPO on the walks of the data does not get there: the better of two walks is nearly always the shorter one, so the goal becomes likelier everywhere, also after letters that no edge "
     "leads from, which no pair ever punishes; the better walk's own likelihood falls too. With its likelihood in the loss (rpo) the policy stays on the graph, and pairs of its own walks (online_dpo) show it those mistakes."
 )
@@ -101,21 +102,27 @@ REPRODUCTION = Reproduction(
     title="Random walks",
     get_config=get_config,
     curves={name: curve(*where) for name, where in (LINES | GUIDED).items()},
-    # What 160 updates lead to, by 1000 walks a seed.
+    # The mean of the last three evaluations, of 1000 walks each, for single ones dip: updates 128, 144 and 160. The last by itself is
+    # what 160 updates lead to where the rate falls to 0.
     figures={
         "bc": last("sft", "eval/gold", n=1),
         "ppo, best": best("ppo", "eval/gold"),
-        **{name: last(*where, n=1) for name, where in (LINES | GUIDED).items()},
+        **{name: last(*where, n=3) for name, where in LINES.items()},
+        **{f"{name}, last evaluation": last(*where, n=1) for name, where in LINES.items()},
+        **{name: last(*where, n=1) for name, where in GUIDED.items()},
     },
     x="updates",
     y="optimality (1 is the shortest way)",
     tolerance=0.05,
+    tolerances={a: 0.02 for a in ("ppo", "ppo_whole", "grpo", "rloo", "nlpo", "rft", "ilql, beta 100")},
     claims=(
         Claim("bc", 0.32, 0.36, "the walkers themselves reach 0.346, counted transitions of the data 0.355"),
         Claim("ppo", 0.97, 1.0, "trlX, pull requests 119 and 554: a perfect score, in curves only; its settings implemented once more gave 0.972, one seed"),
         Claim("ppo, best", 0.97, 1.0, "the same: the best of its ten evaluations"),
         Claim("ppo_whole", 0.97, 1.0, "the same, with other settings: the rollout in one piece, lambda 1, KL coefficient 0.02, a rate that falls to 0, gradient clipped at norm 1"),
+        Claim("ppo_whole, last evaluation", 0.97, 1.0, "the same, after the last update"),
         Claim("grpo", 0.95, 1.0, "within PPO's budget; no published number"),
+        Claim("grpo, last evaluation", 0.95, 1.0, "the same, after the last update"),
         Claim("rloo", 0.95, 1.0, "within PPO's budget; no published number"),
         Claim("nlpo", 0.95, 1.0, "within PPO's budget; no published number"),
         Claim("rft", 0.95, 1.0, "trlX, pull request 554: a perfect score in the time of PPO"),

@@ -166,7 +166,7 @@ def complete(r: Reproduction, workdir: Path, number: int) -> bool:
         c = config(r, arg, number)
         for name, section in build.stages(c).items():
             done = done and (d / name / "params" / "manifest.json").exists()
-            if changed := lineage.changed_settings(d / name, c, section):
+            if changed := lineage.changed_settings(d / name, c, section, also=("world",)):
                 raise UserError(f"{d / name} was trained with other settings than the reproduction now has: {', '.join(changed)}; delete it, and what came after it, to train it anew")
     return done
 

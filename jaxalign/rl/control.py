@@ -19,7 +19,7 @@ def ziegler(beta: float, error: float, episodes: int, horizon: float) -> float:
     An error of -0.2 at five horizons of episodes or more would make that zero or negative, a reward for going away; so many are a
     UserError, whatever the error is. Deviation: lm-human-preferences does not look.
     """
-    if episodes >= 5 * horizon:
+    if beta and episodes >= 5 * horizon:
         raise UserError(f"rl.horizon {horizon:g}: a rollout of {episodes} episodes is five horizons or more, and rl.beta could turn negative; set rl.horizon above {episodes / 5:g}, or a smaller data.batch_size")
     return beta * (1 + error * episodes / horizon)
 

@@ -46,21 +46,23 @@ _MARKS = str.maketrans("", "", "*_`#>\"'[]{}")
 _OF = r"\s*(?:stars?|points?)?\s*\(?(?:/|out of)\s*"
 _RATING = rf"(?<![\w.,/-])([1-4](?:\.\d+)?|5(?:\.0+)?)(?![\w%]|[.,-]\d|{_OF}(?!5\b)\d)"
 _VERDICT = r"(?:answer )?\b(A|B|tie)\b"
+_ENDS = r"(?=\s*(?:[.,;:!(–—]|- |\n|$|because\b|since\b))"
 
 
 def _plain(text: str) -> str:
     """Without markdown, quotes and square brackets; [[x]], as judges are often taught to end (2306.05685, appendix A), is labelled as a verdict is."""
+    text = re.sub(r"</\w{1,20}>", "\n", re.sub(r"<(\w{1,20})>", r"\n\1: ", text))
     lines = re.sub(r"\[\[(.{1,9}?)\]\]", r"\nVerdict: \1\n", text).translate(_MARKS).splitlines()
     return "\n".join(" ".join(x.split()) for x in lines if x.strip())  # with single blanks, for the patterns' time grows with the cube of a run of them
 
 
 def rating(text: str) -> float:
-    """(r - 1) / 4 of the rating r from 1 to 5 that is the last line, else of the last after "Rating:" or in [[ ]], else of the only one "out of
+    """(r - 1) / 4 of the rating r from 1 to 5 that is the last line, else of the last after "Rating:" or "Score:", or in [[ ]], else of the only one "out of
     5" or /5, else of the only number from 1 to 5; ValueError where there is none, or several."""
     plain = re.sub(r"\b1 ?(?:to|-|–) ?5\b", "", _plain(text))  # the scale is no rating
     ways = (
         re.findall(rf"(?:^|\n)[\s(]*{_RATING}(?:{_OF}5)?[\s.!)]*$", plain),
-        re.findall(rf"\b(?:rating|verdict)\b\W*{_RATING}", plain, re.I)[-1:],
+        re.findall(rf"\b(?:rating|verdict|score)\b\W*{_RATING}", plain, re.I)[-1:],
         re.findall(rf"{_RATING}{_OF}5\b", plain),
         re.findall(_RATING, re.sub(rf"[\d.]*{_OF}\d+", "", plain)),
     )
@@ -72,11 +74,12 @@ def rating(text: str) -> float:
 
 def verdict(text: str) -> float:
     """1 for A, 0 for B, 1/2 for a tie and for no verdict. The verdict is what the last line holds alone, else what last stands after
-    "Verdict:" or in [[ ]], else what whole sentences are, if they agree. What is only said in prose ("A is better than B", "A, but B") is none."""
+    "Verdict:", "Winner:", "the better answer is" and their like, or in [[ ]], else what whole sentences are, if they agree. What is only said in prose ("A is better than B", "A, but B") is none."""
     plain = _plain(text)
     ways = (
         re.findall(rf"(?:^|\n)[\s(]*{_VERDICT}[\s.!)]*$", plain, re.I),
-        re.findall(rf"\bverdict(?:\s*:| is)\s*{_VERDICT}(?=\s*(?:[.,;:!(–—]|- |\n|$))", plain, re.I)[-1:],
+        re.findall(rf"\b(?:(?:verdict|winner|answer|choice)(?:\s*[:–—-]| is)|I (?:choose|pick|prefer))\s*{_VERDICT}{_ENDS}", plain, re.I)[-1:],
+        re.findall(rf"(?:^|\n){_VERDICT}(?= because\b)", plain, re.I)[-1:],
         [m[1] for x in re.split(r"[.\n]", plain) if (m := re.fullmatch(_VERDICT, x.strip(), re.I))],
     )
     found = {x.lower() for x in next(filter(None, ways), ())}

@@ -20,7 +20,7 @@ from jaxalign.types import UserError
 _NUMBER = re.compile(  # sign, whole of a mixed number, number, below its bar, percent
     r"((?<![\w)\]])[-+])?(?:(\d+)[ \t]+(?=\d+\s*/\s*\d))?((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(\d+))?\s*(%?)"
 )
-_FENCE = re.compile(r"^[ \t]*(?:(?=`)|(?:(?!```).)*(?=`{3,}[ \t]*\w*[ \t]*$))(`{3,})[ \t]*([^`\n]*)$", re.MULTILINE)  # behind other text only with one word or none
+_FENCE = re.compile(r"^[ \t]*+(?:(?=`)|(?:(?!```).)*(?=`{3,}[ \t]*+\w*+[ \t]*+$))(`{3,})[ \t]*+([^`\n]*)$", re.MULTILINE)  # behind other text only with one word or none
 
 
 def _wanted(record: dict, *names: str) -> Any:
@@ -76,9 +76,9 @@ def last_number(text: str) -> Fraction | None:
     sign, whole, top, bottom, percent = found[-1].groups()
     try:
         size = Fraction(top.replace(",", "")) / Fraction(bottom or 1)
-    except (ValueError, ZeroDivisionError):
+        size += int(whole) if whole and size < 1 else 0
+    except (ValueError, ZeroDivisionError):  # also of more digits than Python turns into a number
         return None
-    size += int(whole) if whole and size < 1 else 0
     return (-size if sign == "-" else size) / (100 if percent else 1)
 
 

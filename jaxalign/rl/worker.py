@@ -27,7 +27,7 @@ def whole_group(fn) -> bool:
         names = inspect.signature(fn).parameters
     except (TypeError, ValueError):
         return False
-    return not PLURALS.isdisjoint(names)
+    return not PLURALS.isdisjoint(names) and {"prompt", "completion"}.isdisjoint(names)
 
 
 def call_group(fn, prompts, completions, records, ids):

@@ -59,7 +59,7 @@ def test_what_was_written(written):
     assert len(seen) == 2 and kept["curves"]["kl"]["x"][0] != 0  # of the mean KL of the seeds
     text = (docs / "reproductions.md").read_text()
     assert "old" not in text and text.endswith("end -->\nafter\n") and "| loss |" in text and "(nobody) | no |" in text
-    assert "| `short` | A short one | 2 | 0 | 0 of 1 | loss |" in text
+    assert "| `short` | A short one | 2 | 0 | 1 | 0 | – | loss |" in text
     assert (docs / "reproductions/short.svg").read_text().startswith("<svg xmlns")
 
 

@@ -24,7 +24,7 @@ from jaxalign.types import Rollout, Tokens, UserError
     "text, want",
     [("Rating: 4", 0.75), ("4/5", 0.75), ("on a scale of 1 to 5 I say 2.", 0.25), ("3.5", 0.625), ("5\n", 1), ("1", 0), ("It is 10 of 10, so 5", 1)]
     + [("Rating: 4 stars out of 5", 0.75), ("4 (out of 5)", 0.75), ("**4**/5", 0.75), ("I rate it 4 on a scale of 1 to 5.", 0.75), ("Rating: 4\n\nThis is better than 3 others", 0.75)]
-    + [("It makes 2 mistakes.\n\n**4**", 0.75), ("[[2]]: 3 steps miss.", 0.25), ("Clarity 5.\nRating: [[3]]", 0.5), ("4 / 5. It has 3 parts.", 0.75), ("Rating (out of 5): 4", 0.75), ("Rating: 2.5.", 0.375)],
+    + [("It makes 2 mistakes.\n\n**4**", 0.75), ("[[2]]: 3 steps miss.", 0.25), ("Clarity 5.\nRating: [[3]]", 0.5), ("4 / 5. It has 3 parts.", 0.75), ("Rating (out of 5): 4", 0.75), ("Rating: 2.5.", 0.375), ("The answer has 2 errors. Score: 3", 0.5), ("<rating>4</rating>", 0.75)],
 )
 def test_ratings_are_read(text, want):
     assert judge.rating(text) == want
@@ -39,10 +39,10 @@ def test_what_is_no_rating_is_refused():
 @pytest.mark.parametrize(
     "want, texts",
     [
-        (1, ["A", "a", "**A**", "[[A]]", "A) ", "Answer A", "Verdict: A", "Verdict: A\n\nB is too short.", "**Verdict:** A, as B rambles.", "Verdict: A (B rambles)", "The verdict is A.", "B is short.\n\nA.", "My choice is [[A]], B is worse"]),
+        (1, ["A", "a", "**A**", "[[A]]", "A) ", "Answer A", "Verdict: A", "Verdict: A\n\nB is too short.", "**Verdict:** A, as B rambles.", "Verdict: A (B rambles)", "The verdict is A.", "B is short.\n\nA.", "My choice is [[A]], B is worse", "I prefer A because B rambles.", "A because it is clearer", "Winner: A", "The better answer is A.", "Verdict - A", "I choose A.", "<verdict>A</verdict>"]),
         (0, ["B", "B. A clear winner.", "Verdict: B. A clear winner.", "Verdict: A\nOn second thought:\nB", "B\n\nA is wrong."]),
         (0.5, ["tie", "TIE", "Tie.", "Verdict: tie", "", "neither", "Verdict: A tie", "Tie. A", "A. Is long.\nB. Is short."]),
-        (0.5, ["Answer A is better than answer B.", "I prefer A because B rambles.", "A is longer, but B", "Verdict: A is worse than B", "Response B wins"]),  # prose, which may mean either
+        (0.5, ["Answer A is better than answer B.", "I prefer A to B because", "A is longer, but B", "Verdict: A is worse than B", "Response B wins"]),  # prose, which may mean either
     ],
 )
 def test_verdicts_are_read(want, texts):
