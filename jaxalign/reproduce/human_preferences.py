@@ -77,4 +77,6 @@ REPRODUCTION = Reproduction(
         Claim("KL", 4.5, 7.5, "launch.py: target 6, by a controller whose horizon is 1 % to 2 % of the episodes"),
         Claim("win rate over SFT", 0.77, 1.0, "1909.08593: people prefer it in 77 % of cases to a policy fine-tuned with supervision, in 86 % to the untuned one (as others cite it; not read again)"),
     ),
+    notes="The score stays below those of the logs. They begin at a language model without any fine-tuning, where 3 to 12 nats have more to win; ours begins at SFT, whose answers are mostly liked already. "
+    "That was not tested: it is the difference we see, not a measured cause.",
 )
